@@ -1,0 +1,1 @@
+"""Autograd Functions, one file an op, and their registration with torch.library."""
