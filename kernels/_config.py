@@ -1,0 +1,251 @@
+"""Tile sizes as data: a frozen record, and the pure function that picks one. Nothing here measures."""
+
+import json
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+__all__ = [
+    "OPS",
+    "DeviceFacts",
+    "TileConfig",
+    "block_rank",
+    "device_facts",
+    "dot_precision",
+    "interpreted",
+    "pick",
+    "pick_for",
+    "tl_type",
+]
+
+OPS = ("lora_hidden", "lora_forward", "lora_backward_hidden_b", "lora_backward_a", "lora_backward_input")
+
+_TL_TYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+@triton.jit
+def _probe_kernel():
+    pass
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels: TRITON_INTERPRET=1 when Triton was imported."""
+    return isinstance(_probe_kernel, InterpretedFunction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFacts:
+    """What a choice of tiles depends on: architecture ("sm90", "gfx942", "cpu") and multiprocessors."""
+
+    arch: str
+    processors: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileConfig:
+    """Tile sizes of one launch, in elements.
+
+    rows, cols and depth are the kernel's own: for a GEMM the output tile and the step of the sum; for a
+    skinny pass the tile of the big operand (BLOCK_COLS unused when it sums over columns, and so on).
+    SPLIT programs share a sum, whose parts a second launch adds up. PERSISTENT is the number of programs
+    per multiprocessor, 0 for one program a tile. DESCRIPTORS asks for tensor descriptors (TMA on Hopper).
+    CUBLAS leaves the product to cuBLAS in ``dispatch``; a GEMM then gets its update from a second launch.
+    """
+
+    BLOCK_ROWS: int
+    BLOCK_COLS: int
+    BLOCK_DEPTH: int
+    GROUP_ROWS: int = 8
+    SPLIT: int = 1
+    PERSISTENT: int = 0
+    DESCRIPTORS: bool = False
+    CUBLAS: bool = False
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def programs(self, facts: DeviceFacts) -> int:
+        """Return the largest number of programs that this config launches."""
+        return self.PERSISTENT * facts.processors if self.PERSISTENT else 2**31 - 1
+
+
+@cache
+def device_facts(device: torch.device) -> DeviceFacts:
+    """Return the facts of a device; a CPU (the interpreter) counts as one small processor."""
+    if device.type != "cuda":
+        return DeviceFacts(arch="cpu", processors=4)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return DeviceFacts(
+            arch=properties.gcnArchName.split(":")[0], processors=properties.multi_processor_count
+        )
+    return DeviceFacts(
+        arch=f"sm{properties.major}{properties.minor}", processors=properties.multi_processor_count
+    )
+
+
+def tl_type(dtype: torch.dtype, accumulate: bool = False) -> tl.dtype:
+    """Return Triton's name for ``dtype``, or for the type in which its products are summed."""
+    if accumulate:
+        return tl.float64 if dtype is torch.float64 else tl.float32
+    return _TL_TYPES[dtype]
+
+
+def dot_precision(big: torch.dtype, small: torch.dtype) -> tuple[str, tl.dtype]:
+    """Return PRECISION of ``_tiles.dot`` for two dtypes, and the type that 16-bit products take."""
+    if big is torch.float64:
+        return "ieee", tl.float64
+    if small is big and big is not torch.float32:
+        # the interpreter keeps bfloat16 as integers, and would multiply those
+        return "widen" if interpreted() and big is torch.bfloat16 else "native", _TL_TYPES[big]
+    if interpreted():
+        return "widen", _TL_TYPES[big]
+    return ("split" if big is torch.bfloat16 else "upcast"), _TL_TYPES[big]
+
+
+def block_rank(R: int, most: int) -> int:
+    """Return BLOCK_R: a power of two, at least 16 (the smallest product) and at most ``most``."""
+    return min(most, max(16, triton.next_power_of_2(R)))
+
+
+def _split(blocks: int, steps: int, facts: DeviceFacts) -> int:
+    """Return how many programs should share a sum of ``steps`` blocks, to have two for each processor."""
+    wanted = triton.cdiv(2 * facts.processors, max(blocks, 1))
+    return max(1, min(wanted, steps // 4, 32))
+
+
+def _gemm(op: str, rows: int, dtype: torch.dtype, crowded: bool, facts: DeviceFacts) -> TileConfig:
+    """Return tiles for a GEMM of so many rows; ``crowded``: float32 adapters and a mask want registers too."""
+    if dtype.itemsize > 2:
+        return TileConfig(BLOCK_ROWS=64, BLOCK_COLS=32, BLOCK_DEPTH=32, num_stages=2, CUBLAS=True)
+    if facts.arch.startswith("gfx"):
+        return TileConfig(
+            BLOCK_ROWS=128, BLOCK_COLS=128, BLOCK_DEPTH=32, num_warps=8, num_stages=2, CUBLAS=True
+        )
+    # measured on sm90 alone; elsewhere cuBLAS plus one pass is the safe choice
+    measured = facts.arch == "sm90"
+    if rows >= 1024 and measured:
+        rows, cols = (256, 128) if crowded else (128, 256)
+        return TileConfig(
+            BLOCK_ROWS=rows, BLOCK_COLS=cols, BLOCK_DEPTH=64, PERSISTENT=1, DESCRIPTORS=True, num_warps=8
+        )
+    if rows > 64:
+        return TileConfig(
+            BLOCK_ROWS=128,
+            BLOCK_COLS=128,
+            BLOCK_DEPTH=64,
+            DESCRIPTORS=measured,
+            CUBLAS=not measured or op == "lora_forward",
+            num_warps=8,
+            num_stages=4 if measured else 3,
+        )
+    return TileConfig(BLOCK_ROWS=16, BLOCK_COLS=64, BLOCK_DEPTH=128, num_stages=4, CUBLAS=True)
+
+
+def _hidden(
+    M: int, depth: int, R: int, dtype: torch.dtype, wide: bool, dropout: bool, facts: DeviceFacts
+) -> TileConfig:
+    """Return tiles for a sum along the rows of an (M, depth) operand; ``wide``: adapters in float32."""
+    if wide and dtype is torch.bfloat16:
+        rows, deep, stages = 64, 128 if R <= 16 else 64, 3
+    elif wide:
+        rows, deep, stages = 16, 64, 3
+    elif R > 64:
+        rows, deep, stages = 32, 64, 3
+    elif dropout:
+        rows, deep, stages = (32, 128, 3) if M >= 1024 else (16, 256, 3)
+    else:
+        rows, deep, stages = 64, 128, 5
+    split = _split(triton.cdiv(M, rows) * triton.cdiv(R, 128) * 2, triton.cdiv(depth, deep), facts)
+    leave = R > 64 or M <= 64
+    return TileConfig(
+        BLOCK_ROWS=rows, BLOCK_COLS=0, BLOCK_DEPTH=deep, SPLIT=split, num_stages=stages, CUBLAS=leave
+    )
+
+
+def _columns(op: str, M: int, cols: int, R: int, wide: bool, dropout: bool, facts: DeviceFacts) -> TileConfig:
+    """Return tiles for a sum along the columns of an (M, cols) operand; ``wide``: adapters in float32."""
+    if op == "lora_backward_hidden_b" and R <= 16 and not wide and cols >= 2048:
+        rows, width, warps = (32, 512, 4) if M >= 8192 else (64, 256, 8)
+    elif op == "lora_backward_hidden_b":
+        rows, width, warps = (64, 128, 8) if R <= 32 and not wide else (32, 64, 4)
+    else:
+        rows, width, warps = (64, 64, 4) if not wide else (32, 64, 4)
+    blocks = triton.cdiv(cols, width) * triton.cdiv(R, 64)
+    split = _split(triton.cdiv(blocks, 2) if dropout else blocks, triton.cdiv(M, rows), facts)
+    return TileConfig(
+        BLOCK_ROWS=rows,
+        BLOCK_COLS=width,
+        BLOCK_DEPTH=0,
+        SPLIT=split,
+        num_warps=warps,
+        CUBLAS=R > 64 or M <= 64,
+    )
+
+
+_INTERPRETED = {
+    "lora_hidden": TileConfig(BLOCK_ROWS=16, BLOCK_COLS=0, BLOCK_DEPTH=32, SPLIT=2),
+    "lora_forward": TileConfig(BLOCK_ROWS=32, BLOCK_COLS=32, BLOCK_DEPTH=32, PERSISTENT=1),
+    "lora_backward_hidden_b": TileConfig(BLOCK_ROWS=16, BLOCK_COLS=32, BLOCK_DEPTH=0, SPLIT=2),
+    "lora_backward_a": TileConfig(BLOCK_ROWS=16, BLOCK_COLS=32, BLOCK_DEPTH=0, SPLIT=2),
+    "lora_backward_input": TileConfig(BLOCK_ROWS=32, BLOCK_COLS=32, BLOCK_DEPTH=32, PERSISTENT=1),
+}
+
+
+@cache
+def _table(arch: str) -> dict[str, dict]:
+    path = Path(__file__).parent / "_tables" / f"{arch}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else {}
+
+
+@lru_cache(maxsize=4096)
+def pick(
+    op: str,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    dtype: torch.dtype,
+    facts: DeviceFacts,
+    *,
+    wide: bool = False,
+    dropout: bool = False,
+) -> TileConfig:
+    """Return the tiles for a launch: the measured row for this size if there is one, else a heuristic.
+
+    Args:
+        op: one of ``OPS``.
+        M, N, K, R: sizes, 0 for one that the pass does not have; tables hold M by powers of two.
+        dtype: of x and dy. facts: of the device.
+        wide: whether the adapters are float32 beside a 16-bit x. dropout: whether the pass makes a mask.
+    """
+    if facts.arch == "cpu":
+        return _INTERPRETED[op]
+    gemm = op in ("lora_forward", "lora_backward_input")
+    if gemm and dtype.itemsize == 2 and R <= 64:
+        row = _table(facts.arch).get(f"{op} M={1 << max(M - 1, 0).bit_length()} N={N} K={K}")
+        if row is not None and not (wide and dropout):
+            return TileConfig(**row)
+    if gemm:
+        return _gemm(op, M, dtype, wide and dropout, facts)
+    wide = wide or dtype.itemsize > 2
+    if op == "lora_hidden":
+        return _hidden(M, K, R, dtype, wide, dropout, facts)
+    return _columns(op, M, K or N, R, wide, dropout, facts)
+
+
+def pick_for(
+    op: str, big: torch.Tensor, small: torch.Tensor, N: int, K: int, R: int, seed: torch.Tensor | None = None
+) -> TileConfig:
+    """Return :func:`pick` for a pass over ``big`` (M, ...) beside an adapter's tensor."""
+    facts, wide = device_facts(big.device), small.dtype != big.dtype
+    return pick(op, big.shape[0], N, K, R, big.dtype, facts, wide=wide, dropout=seed is not None)

@@ -1,0 +1,85 @@
+"""A skinny product along the rows of a big operand: h = scale·drop(x) aᵀ, and dh = scale·dy b."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._config import TileConfig, block_rank, dot_precision, tl_type
+from ._sum_parts import sum_parts
+from ._tiles import dot, keep_tile, wide
+
+
+@triton.jit
+def _project_kernel(
+    t_ptr, f_ptr, seed_ptr, out_ptr,
+    rows, depth, R, depth_each, scale, threshold,
+    stride_trow, stride_tdepth, stride_fr, stride_fdepth,
+    USE_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ACC_TYPE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """out[s, i, r] = scale * sum_d drop(t)[i, d] f[r, d],  d in the s-th share of depth
+
+    Tensors   t (rows, depth)  f (R, depth)  out (parts, rows, R) contiguous; other strides free.
+    Program   BLOCK_ROWS rows, BLOCK_R ranks and one share of depth, walked in order.
+    Numerics  products as _tiles.dot says, sums in ACC_TYPE; the mask is exact and its factor is in scale.
+    Traffic   t once per BLOCK_R ranks, f once per block of rows (from L2), out written once.
+    Requires  BLOCK_DEPTH a multiple of 32, depth_each a multiple of BLOCK_DEPTH.
+    Source    Hu et al. 2021, eq. 3 (arXiv:2106.09685).
+    """
+    row = tl.program_id(0) * BLOCK_ROWS
+    part = tl.program_id(2)
+    first = part * depth_each
+    offs_row = row + tl.arange(0, BLOCK_ROWS)
+    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_d = first + tl.arange(0, BLOCK_DEPTH)
+    t_ptrs = (
+        t_ptr + offs_row[:, None].to(tl.int64) * stride_trow + offs_d[None, :].to(tl.int64) * stride_tdepth
+    )
+    f_ptrs = f_ptr + offs_r[None, :].to(tl.int64) * stride_fr + offs_d[:, None].to(tl.int64) * stride_fdepth
+    mask_row, mask_r = offs_row < rows, offs_r < R
+    if USE_DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_R), ACC_TYPE)
+    for d in range(first, min(first + depth_each, depth), BLOCK_DEPTH):
+        mask_d = d + tl.arange(0, BLOCK_DEPTH) < depth
+        t = tl.load(t_ptrs, mask=mask_row[:, None] & mask_d[None, :], other=0.0)
+        f = tl.load(f_ptrs, mask=mask_r[None, :] & mask_d[:, None], other=0.0)
+        if USE_DROPOUT:
+            keep = keep_tile(seed, row, d, threshold, BLOCK_ROWS, BLOCK_DEPTH)
+            t = tl.where(keep, t, tl.zeros_like(t))
+        acc = dot(t, f, acc, PRECISION)
+        t_ptrs += wide(BLOCK_DEPTH) * stride_tdepth
+        f_ptrs += wide(BLOCK_DEPTH) * stride_fdepth
+
+    out_ptrs = out_ptr + (part.to(tl.int64) * rows + offs_row[:, None]) * R + offs_r[None, :]
+    result = (acc * scale).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptrs, result, mask=mask_row[:, None] & mask_r[None, :])
+
+
+def project(
+    t: Tensor, factor: Tensor, scale: float, seed: Tensor | None, threshold: int, config: TileConfig
+) -> Tensor:
+    """Return ``scale · drop(t) factorᵀ``, (rows, R), dtype of ``factor``; factor (R, depth)."""
+    (rows, depth), R = t.shape, factor.shape[0]
+    out = factor.new_empty(rows, R)
+    if out.numel() == 0:
+        return out
+    each = triton.cdiv(triton.cdiv(depth, config.SPLIT), config.BLOCK_DEPTH) * config.BLOCK_DEPTH
+    parts = triton.cdiv(depth, each) if depth else 1
+    acc_type = torch.float64 if t.dtype is torch.float64 else torch.float32
+    target = out if parts == 1 else t.new_empty(parts, rows, R, dtype=acc_type)
+    precision, _ = dot_precision(t.dtype, factor.dtype)
+    BLOCK_R = block_rank(R, {"native": 64, "split": 32}.get(precision, 16))
+    _project_kernel[(triton.cdiv(rows, config.BLOCK_ROWS), triton.cdiv(R, BLOCK_R), parts)](
+        t, factor, seed, target,
+        rows, depth, R, each, scale * 65536 / (65536 - threshold), threshold,
+        t.stride(0), t.stride(1), factor.stride(0), factor.stride(1),
+        USE_DROPOUT=seed is not None, PRECISION=precision, ACC_TYPE=tl_type(acc_type),
+        BLOCK_ROWS=config.BLOCK_ROWS, BLOCK_DEPTH=config.BLOCK_DEPTH, BLOCK_R=BLOCK_R,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    if parts > 1:
+        sum_parts((target, out))
+    return out

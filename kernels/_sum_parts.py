@@ -1,0 +1,59 @@
+"""The second half of every split sum: partial results added in a fixed order, so that two runs agree."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._config import tl_type
+
+
+@triton.jit
+def _sum_one(parts_ptr, out_ptr, parts, count, block, ACC_TYPE: tl.constexpr, BLOCK: tl.constexpr):
+    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < count
+    ptrs = parts_ptr + offs
+    acc = tl.zeros((BLOCK,), ACC_TYPE)
+    for _ in range(parts):
+        acc += tl.load(ptrs, mask=mask, other=0.0)
+        ptrs += count
+    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_parts_kernel(
+    parts_ptr, out_ptr, parts, count, blocks,
+    second_parts_ptr, second_out_ptr, second_parts, second_count,
+    HAS_SECOND: tl.constexpr, ACC_TYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[i] = sum_s parts[s, i], for one pair of arrays or for two
+
+    Tensors   parts (parts, count), out (count,), contiguous; likewise the second pair.
+    Program   BLOCK elements of the first pair, or after ``blocks`` programs of the second.
+    Numerics  sums in ACC_TYPE in the order of s, one rounding, at the store.
+    Traffic   every part read once, usually from L2, out written once.
+    """
+    block = tl.program_id(0)
+    if HAS_SECOND:
+        if block < blocks:
+            _sum_one(parts_ptr, out_ptr, parts, count, block, ACC_TYPE, BLOCK)
+        else:
+            _sum_one(
+                second_parts_ptr, second_out_ptr, second_parts, second_count, block - blocks, ACC_TYPE, BLOCK
+            )
+    else:
+        _sum_one(parts_ptr, out_ptr, parts, count, block, ACC_TYPE, BLOCK)
+
+
+def sum_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor] | None = None) -> None:
+    """Add up ``(parts, out)``, parts (S, *out.shape), and a second such pair in the same launch."""
+    parts, out = first
+    parts2, out2 = second if second is not None else first
+    BLOCK = 512
+    blocks = triton.cdiv(out.numel(), BLOCK)
+    blocks2 = triton.cdiv(out2.numel(), BLOCK) if second is not None else 0
+    _sum_parts_kernel[(blocks + blocks2,)](
+        parts, out, parts.shape[0], out.numel(), blocks,
+        parts2, out2, parts2.shape[0], out2.numel(),
+        HAS_SECOND=second is not None, ACC_TYPE=tl_type(parts.dtype), BLOCK=BLOCK,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip

@@ -1,0 +1,85 @@
+"""dh and db from one read of dy, the same bits every time."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._config import TileConfig, block_rank, dot_precision, pick_for, tl_type
+from ._sum_parts import sum_parts
+from ._tiles import dot, wide
+
+
+@triton.jit
+def _lora_backward_hidden_b_kernel(
+    dy_ptr, b_ptr, h_ptr, dh_ptr, db_ptr,
+    M, N, R, rows_each, scale,
+    stride_dym, stride_dyn, stride_bn, stride_br, stride_hm, stride_hr,
+    PRECISION: tl.constexpr, ACC_TYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """dh[t, m, r] = scale * sum_n dy[m, n] b[n, r],  n in the t-th block of N
+    db[s, n, r] = sum_m dy[m, n] h[m, r],  m in the s-th share of M
+
+    Tensors   dy (M, N)  b (N, R)  h (M, R)  dh (blocks of N, M, R)  db (shares of M, N, R), both contiguous;
+              other strides free.
+    Program   BLOCK_N columns of dy, BLOCK_R ranks and one share of M, walked in order.
+    Numerics  products as _tiles.dot says, sums in ACC_TYPE; no atomics: parts are added up afterwards.
+    Traffic   dy once per BLOCK_R ranks; dh and db parts written once, small enough to stay in L2.
+    Requires  rows_each a multiple of BLOCK_M.
+    Source    derived in ops/lora_linear.py.
+    """
+    block_n, part = tl.program_id(0), tl.program_id(2)
+    first = part * rows_each
+    offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_m = first + tl.arange(0, BLOCK_M)
+    mask_n, mask_r = offs_n < N, offs_r < R
+    b_ptrs = b_ptr + offs_n[:, None].to(tl.int64) * stride_bn + offs_r[None, :].to(tl.int64) * stride_br
+    b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
+    dy_ptrs = dy_ptr + offs_m[:, None].to(tl.int64) * stride_dym + offs_n[None, :].to(tl.int64) * stride_dyn
+    h_ptrs = h_ptr + offs_m[:, None].to(tl.int64) * stride_hm + offs_r[None, :].to(tl.int64) * stride_hr
+    dh_ptrs = dh_ptr + (block_n.to(tl.int64) * M + offs_m[:, None]) * R + offs_r[None, :]
+
+    acc = tl.zeros((BLOCK_N, BLOCK_R), ACC_TYPE)
+    for m in range(first, min(first + rows_each, M), BLOCK_M):
+        mask_m = m + tl.arange(0, BLOCK_M) < M
+        dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+        h = tl.load(h_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        dh = dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), ACC_TYPE), PRECISION)
+        tl.store(dh_ptrs, (dh * scale).to(dh_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
+        acc = dot(dy.T, h, acc, PRECISION)
+        dy_ptrs += wide(BLOCK_M) * stride_dym
+        h_ptrs += wide(BLOCK_M) * stride_hm
+        dh_ptrs += wide(BLOCK_M) * R
+
+    db_ptrs = db_ptr + (part.to(tl.int64) * N + offs_n[:, None]) * R + offs_r[None, :]
+    tl.store(db_ptrs, acc.to(db_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_r[None, :])
+
+
+def lora_backward_hidden_b(
+    dy: Tensor, b: Tensor, h: Tensor, scale: float, *, config: TileConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return ``dh = scale · dy b``, (M, R), and ``db = dyᵀ h``, (N, R), dtype of ``b``; dy is read once."""
+    (M, N), R = dy.shape, b.shape[1]
+    dh, db = b.new_empty(M, R), b.new_empty(N, R)
+    if M == 0 or N == 0:
+        return dh.zero_(), db.zero_()
+    config = config or pick_for("lora_backward_hidden_b", dy, b, N, 0, R)
+    each = triton.cdiv(triton.cdiv(M, config.SPLIT), config.BLOCK_ROWS) * config.BLOCK_ROWS
+    blocks, shares = triton.cdiv(N, config.BLOCK_COLS), triton.cdiv(M, each)
+    acc_type = torch.float64 if dy.dtype is torch.float64 else torch.float32
+    dh_parts = dy.new_empty(blocks, M, R, dtype=acc_type)
+    db_parts = dy.new_empty(shares, N, R, dtype=acc_type)
+    precision, _ = dot_precision(dy.dtype, b.dtype)
+    BLOCK_R = block_rank(R, 32 if precision == "native" else 16)
+    _lora_backward_hidden_b_kernel[(blocks, triton.cdiv(R, BLOCK_R), shares)](
+        dy, b, h, dh_parts, db_parts,
+        M, N, R, each, scale,
+        dy.stride(0), dy.stride(1), b.stride(0), b.stride(1), h.stride(0), h.stride(1),
+        PRECISION=precision, ACC_TYPE=tl_type(acc_type),
+        BLOCK_M=config.BLOCK_ROWS, BLOCK_N=config.BLOCK_COLS, BLOCK_R=BLOCK_R,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    sum_parts((dh_parts, dh), (db_parts, db))
+    return dh, db

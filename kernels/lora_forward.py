@@ -1,0 +1,46 @@
+"""The forward pass: h from one pass over x, then y from one GEMM that starts at h bᵀ."""
+
+from torch import Tensor
+
+from ._config import TileConfig, pick_for
+from ._matmul import extended_matmul
+from ._project import project
+
+
+def drop_threshold(dropout_p: float, seed: Tensor | None) -> int:
+    """Return T: an element is dropped where its 16 random bits are below T (reference.keep_threshold)."""
+    return 0 if seed is None else min(round(dropout_p * 65536), 65535)
+
+
+def lora_hidden(
+    x: Tensor,
+    a: Tensor,
+    scale: float,
+    seed: Tensor | None,
+    dropout_p: float,
+    *,
+    config: TileConfig | None = None,
+) -> Tensor:
+    """Return ``h = scale · drop(x) aᵀ``, (M, R), dtype of ``a``."""
+    K, R = x.shape[1], a.shape[0]
+    config = config or pick_for("lora_hidden", x, a, 0, K, R, seed)
+    return project(x, a, scale, seed, drop_threshold(dropout_p, seed), config)
+
+
+def lora_forward(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    seed: Tensor | None,
+    dropout_p: float,
+    *,
+    config: TileConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return ``y = x wᵀ + h bᵀ + bias``, (M, N), and ``h = scale · drop(x) aᵀ``, (M, R)."""
+    (M, K), (N, R) = x.shape, b.shape
+    h = lora_hidden(x, a, scale, seed, dropout_p)
+    config = config or pick_for("lora_forward", x, a, N, K, R)
+    return extended_matmul(x, w, h, b, bias, None, 0, x.new_empty(M, N), config), h
