@@ -1,0 +1,207 @@
+"""Find the linear layers that a config targets and put fused layers in their places."""
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from warnings import warn
+
+import torch
+from torch import nn
+
+from .config import LoRAConfig, pattern_key, selects
+from .layers import FusedLoRALinear, check_config, check_linear
+from .methods import METHODS
+
+__all__ = ["inject"]
+
+# what torch.compile, FSDP and checkpoint_wrapper put into the names of the modules inside them
+_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# their fused forward pass reads the weight of out_proj and does not call the module
+_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+
+
+def inject(model: nn.Module, config: LoRAConfig) -> nn.Module:
+    """Put an adapter beside every linear layer that ``config`` targets, in place, and freeze the rest.
+
+    A linear layer that the model holds under several names becomes one fused layer under all of them. Only
+    the adapters train afterwards, and the biases that ``config.bias`` names.
+
+    Args:
+        model: a model that contains ``nn.Linear`` layers, on any devices, "meta" too.
+        config: the options of the method.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: a target matches nothing, the model has adapters already, or a target's forward pass is
+            bypassed where it stands. TypeError: a target is not a plain ``nn.Linear``, or an argument is of
+            the wrong type. The model, and torch's generators, are then as before.
+
+    Memory: R·(N+K) numbers a layer, float32 beside a 16-bit base.
+    """
+    check_model("inject", model)
+    check_config("inject", config)
+    check_uninjected("inject", model)
+    targets = find_targets("inject", model, config.target_modules)
+    _warn_of_unused_patterns(config, targets)
+    with _generators_kept_on_failure({linear.weight.device for linear in targets.values()}):
+        layers = {
+            name: FusedLoRALinear(
+                linear, METHODS[config.method](config.for_layer(name), linear.weight), config
+            )
+            for name, linear in targets.items()
+        }
+    install(model, {id(layer.base): layer for layer in layers.values()})
+    set_trainable(model, layers.values())
+    return model
+
+
+def fused_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
+    """Return the fused layers of ``model`` by name, each once."""
+    return {name: module for name, module in named_modules(model) if isinstance(module, FusedLoRALinear)}
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module once with its first name, less what wrappers put into it."""
+    return ((_WRAPPERS.sub("", name), module) for name, module in model.named_modules())
+
+
+def find_targets(op: str, model: nn.Module, targets: str | Collection[str]) -> dict[str, nn.Linear]:
+    """Return the linear layers that ``targets`` selects, by first name, or raise; changes nothing."""
+    modules = {name: module for name, module in named_modules(model) if name}
+    if targets == "all-linear":
+        head = output_embedding(model)
+        found = {n: m for n, m in modules.items() if type(m) is nn.Linear and m is not head}
+        if not found:
+            kind = type(model).__name__
+            raise ValueError(f"{op}: model must contain an nn.Linear, got a {kind} without one")
+    else:
+        # a target may use any name of a shared module; files use the first
+        aliases = [(_WRAPPERS.sub("", n), m) for n, m in model.named_modules(remove_duplicate=False) if n]
+        _check_all_match(op, targets, [name for name, _ in aliases])
+        first = {id(module): name for name, module in modules.items()}
+        found = {first[id(m)]: m for n, m in aliases if selects(targets, n)}
+    for name, module in found.items():
+        check_linear(op, f"target {name!r}", module)
+    check_called(op, model, found)
+    return found
+
+
+def check_called(op: str, model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    """Raise where a parent reads a target's weight and skips the module, which would drop the adapter."""
+    names = {id(module): name for name, module in targets.items()}
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    has_fast_path = torch.backends.mha.get_fastpath_enabled()
+    for parent in model.modules():
+        for child_name, child in parent.named_children():
+            if id(child) not in names:
+                continue
+            name = names[id(child)]
+            if has_fast_path and isinstance(parent, nn.TransformerEncoderLayer):
+                raise ValueError(
+                    f"{op}: target {name!r} must be called by its parent, got {type(parent).__name__}, whose "
+                    "fast path skips it; call torch.backends.mha.set_fastpath_enabled(False) first"
+                )
+            if kind in _MAMBA and child_name == "out_proj":
+                raise ValueError(
+                    f"{op}: target {name!r} must be called by its parent, got a {kind} model, whose kernel "
+                    "skips it; leave it out of target_modules"
+                )
+
+
+def install(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Put fused layers in the places of the modules whose ``id`` is the key; note whose weight is tied."""
+    holders = Counter(
+        id(parameter) for module in model.modules() for parameter in set(module.parameters(recurse=False))
+    )
+    for layer in replacements.values():
+        if isinstance(layer, FusedLoRALinear):
+            layer.shares_weight = holders[id(layer.base.weight)] > 1
+    replace_modules(model, replacements)
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Replace every module whose ``id`` is a key, under all of its names."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if name and id(module) in replacements:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, replacements[id(module)])
+
+
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    """Return the layer that turns hidden states into logits, where the model says which it is."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
+def check_model(op: str, model: object) -> None:
+    """Raise unless ``model`` is a module that can hold fused layers."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.Linear):
+        raise TypeError(
+            f"{op}: model must contain linear layers, got a bare {type(model).__name__}; "
+            "use FusedLoRALinear.from_linear"
+        )
+
+
+def check_uninjected(op: str, model: nn.Module) -> None:
+    """Raise if ``model`` has adapters, ours or PEFT's."""
+    layers = fused_layers(model)
+    if layers:
+        raise ValueError(
+            f"{op}: model must have no adapters, got {len(layers)} fused layers, "
+            f"first {next(iter(layers))!r}; eject it first"
+        )
+    for name, module in named_modules(model):
+        if type(module).__module__.partition(".")[0] == "peft":
+            kind = type(module).__name__
+            raise ValueError(
+                f"{op}: model must have no adapters, got PEFT's {kind} at {name!r}; use from_peft"
+            )
+
+
+def set_trainable(model: nn.Module, layers: Iterable[FusedLoRALinear]) -> None:
+    """Freeze ``model`` but for the adapters and the biases that their config names."""
+    layers = list(layers)
+    bias = layers[0].config.bias
+    adapters = {id(parameter) for layer in layers for parameter in layer.adapter.parameters()}
+    biases = {id(layer.bias) for layer in layers}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in adapters:
+            every = bias == "all" and name.rpartition(".")[2] == "bias"
+            parameter.requires_grad_(every or (bias == "lora_only" and id(parameter) in biases))
+
+
+def _check_all_match(op: str, targets: str | Collection[str], names: list[str]) -> None:
+    for target in [targets] if isinstance(targets, str) else targets:
+        if any(selects(target if isinstance(targets, str) else [target], name) for name in names):
+            continue
+        ends = sorted({name.rpartition(".")[2] for name in names})
+        close = difflib.get_close_matches(target, ends, n=3) or difflib.get_close_matches(target, names, n=3)
+        advice = f"; close names are {', '.join(close)}" if close else ""
+        if isinstance(targets, str):
+            advice = "; a string is a regular expression for the whole name, a list holds the ends of names"
+        raise ValueError(f"{op}: target_modules must match modules of the model, got {target!r}{advice}")
+
+
+def _warn_of_unused_patterns(config: LoRAConfig, names: Collection[str]) -> None:
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = getattr(config, field)
+        for key in pattern:
+            if not any(pattern_key([key], name) for name in names):
+                warn(f"inject: {field} has {key!r}, which matches no target and is ignored", stacklevel=3)
+
+
+@contextmanager
+def _generators_kept_on_failure(devices: Collection[torch.device]) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.callback(torch.set_rng_state, torch.get_rng_state())
+        for device in devices:
+            if device.type == "cuda":
+                stack.callback(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device)
+        yield
+        stack.pop_all()

@@ -1,0 +1,202 @@
+"""Layers that own a frozen linear layer and the adapter beside it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import LoRAConfig
+from .functional import lora_linear
+from .methods import METHODS, Adapter
+
+__all__ = ["FusedLoRALinear"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class FusedLoRALinear(nn.Module):
+    """A frozen ``nn.Linear`` and a low-rank update in one operation: y = x (W + scale · B A)ᵀ + bias.
+
+    ``base`` is the linear layer itself, ``adapter`` holds the trained parameters, ``config`` what the user
+    chose. ``impl`` ("auto", "triton" or "reference") and ``dropout_p`` may be set at any time. Dropout acts
+    on the adapter's input, in training mode only.
+
+    While merged, the forward pass is the base layer alone, in training mode too: no dropout, and the adapter
+    gets no gradient. ``state_dict`` always describes the unmerged layer, merged or not, so that it loads into
+    a fresh one; a merged layer refuses ``load_state_dict``.
+    """
+
+    def __init__(self, base: nn.Linear, adapter: Adapter, config: LoRAConfig) -> None:
+        super().__init__()
+        self.base = base
+        self.adapter = adapter
+        self.config = config
+        self.dropout_p = config.lora_dropout
+        self.impl = "auto"
+        # whether another module holds base.weight too: merging must then not write into it
+        self.shares_weight = False
+        # fields of the adapter file that no option of ours stands for, as the base model's name
+        self.peft_fields: dict[str, Any] = {}
+        # the weight before merging; in a tuple, or nn.Module would register a Parameter
+        self._original: tuple[Tensor] | None = None
+        self.register_state_dict_post_hook(_save_original_weight)
+        self.train(base.training)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: LoRAConfig, *, name: str = "") -> "FusedLoRALinear":
+        """Put an adapter beside ``linear``, which is frozen and kept, not copied.
+
+        Args:
+            linear: a plain ``nn.Linear`` of float16, bfloat16, float32 or float64, on any device, "meta" too.
+            config: the options. The bias of ``linear`` trains unless ``config.bias`` is "none".
+            name: the layer's name in its model, for ``rank_pattern`` and ``alpha_pattern``.
+
+        Returns:
+            A layer that computes what ``linear`` computes, until it is trained. The adapter is on the device
+            of ``linear``, in its dtype, or in float32 if that is 16-bit: R·(N+K) numbers.
+
+        Raises:
+            TypeError: ``linear`` is not a plain ``nn.Linear``, or ``config`` not a config.
+        """
+        check_config("from_linear", config)
+        check_linear("from_linear", "linear", linear)
+        layer = cls(linear, METHODS[config.method](config.for_layer(name), linear.weight), config)
+        linear.requires_grad_(False)
+        if linear.bias is not None:
+            linear.bias.requires_grad_(config.bias != "none")
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y (..., N) for x (..., K), in the dtype of x."""
+        base = self.base
+        if self._original is not None:
+            return F.linear(x, base.weight, base.bias)
+        a, b, scale = self.adapter.factors(base.weight)
+        dropout_p = self.dropout_p if self.training else 0.0
+        return lora_linear(x, base.weight, a, b, base.bias, scale=scale, dropout_p=dropout_p, impl=self.impl)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base weight holds the update."""
+        return self._original is not None
+
+    @torch.no_grad()
+    def merge(self, *, name: str = "weight") -> None:
+        """Put the update into the base weight: W + scale · B A in float32, or float64, rounded once.
+
+        A merged layer is left alone. The original weight moves to host memory, N·K numbers, until ``unmerge``
+        or ``eject``; where another module shares the weight, it stays in place and the layer gets its own.
+
+        Args:
+            name: what the error calls the weight.
+
+        Raises:
+            ValueError: the merged weight would not be finite in its dtype; the layer is as before.
+        """
+        if self.merged:
+            return
+        weight = self.base.weight
+        a, b, scale = self.adapter.factors(weight)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        # the in-place form keeps its dtype under autocast
+        merged = weight.detach().to(dtype, copy=True).addmm_(b.to(dtype), a.to(dtype), alpha=scale)
+        merged = merged.to(weight.dtype)
+        if not weight.is_meta and not merged.isfinite().all():
+            count = (~merged.isfinite()).sum().item()
+            raise ValueError(
+                f"merge: {name} must be finite in {weight.dtype} once merged, got {count} values that are not"
+            )
+        if self.shares_weight:
+            self._original = (weight,)
+            self.base.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
+        else:
+            self._original = (weight.data if weight.is_meta else weight.data.cpu(),)
+            weight.data = merged
+
+    def unmerge(self) -> None:
+        """Put the original base weight back, bit for bit. An unmerged layer is left alone."""
+        if self._original is None:
+            return
+        (original,) = self._original
+        if isinstance(original, nn.Parameter):
+            self.base.weight = original
+        else:
+            weight = self.base.weight
+            weight.data = original.to(device=weight.device, dtype=weight.dtype)
+        self._original = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight, (N, K); holds the update only while merged."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base bias, (N,), or None."""
+        return self.base.bias
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.base.out_features
+
+    def extra_repr(self) -> str:
+        adapter = self.adapter
+        return (
+            f"method={adapter.name}, rank={adapter.rank}, scale={adapter.scale:g}, "
+            f"dropout={self.dropout_p:g}, impl={self.impl}, merged={self.merged}"
+        )
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.merged:
+            raise RuntimeError("load_state_dict: the layer must not be merged, got merged; unmerge it first")
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def _save_original_weight(
+    layer: FusedLoRALinear, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+) -> None:
+    key = f"{prefix}base.weight"
+    if layer._original is not None and key in state:
+        state[key] = layer._original[0].detach()
+
+
+def check_config(op: str, config: object) -> None:
+    """Raise unless ``config`` is a config of a method that is known."""
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(f"{op}: config must be a LoRAConfig, got {type(config).__name__}")
+    if config.method not in METHODS:
+        known = ", ".join(METHODS)
+        raise ValueError(f"{op}: config must be of a known method, {known}, got {config.method!r}")
+
+
+def check_linear(op: str, name: str, module: object) -> None:
+    """Raise unless ``module`` is a plain ``nn.Linear`` whose forward pass a fused layer can stand for."""
+    if type(module) is not nn.Linear:
+        raise TypeError(f"{op}: {name} must be a plain nn.Linear, got {type(module).__name__}")
+    # a subclass of Tensor (quantised, sharded) computes something else than its numbers say
+    if type(module.weight) is not nn.Parameter or module.weight.dtype not in _DTYPES:
+        kind = type(module.weight).__name__
+        raise TypeError(
+            f"{op}: {name} must have a weight of float16, bfloat16, float32 or float64, "
+            f"got {kind} of {module.weight.dtype}"
+        )
+    check_unhooked(op, name, module)
+
+
+def check_unhooked(op: str, name: str, module: nn.Module) -> None:
+    """Raise if something hangs on the forward or backward pass of ``module``, which we replace."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    # accelerate's hook only moves inputs to the device of the weight, which block-level hooks do as well
+    has_own_forward = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    if has_own_forward or any(getattr(module, kind) for kind in kinds):
+        raise ValueError(
+            f"{op}: {name} must have no hooks and no forward of its own, got some; "
+            "add them to the fused layer, which does not call what it replaces"
+        )

@@ -1,0 +1,66 @@
+"""The contract that every method keeps, read from METHODS: a new method is tested by existing."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import points, stir
+from torch import nn
+
+import lowrank_ops as lo
+
+SIZES = {"square": (6, 6), "ragged": (6, 7), "one output": (6, 1)}  # (K, N)
+
+
+def make_layer(method, sizes, dtype=torch.float64):
+    torch.manual_seed(0)
+    linear = nn.Linear(*sizes, dtype=dtype)
+    config = lo.METHODS[method].config_class(r=3)
+    return copy.deepcopy(linear), lo.FusedLoRALinear.from_linear(linear, config)
+
+
+pytestmark = [
+    pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES),
+    pytest.mark.parametrize("method", lo.METHODS),
+]
+
+
+def test_a_layer_starts_as_its_base(method, sizes):
+    linear, layer = make_layer(method, sizes)
+    x = points(torch.float64)
+    assert torch.equal(layer(x), linear(x))
+
+
+def test_merged_equals_unmerged(method, sizes):
+    _, layer = make_layer(method, sizes)
+    stir(layer)
+    x = points(torch.float64)
+    unmerged = layer(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), unmerged)
+
+
+def test_every_adapter_parameter_gets_a_gradient_and_the_base_none(method, sizes):
+    _, layer = make_layer(method, sizes)
+    stir(layer)
+    layer(points(torch.float64)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in layer.adapter.parameters())
+    assert all(p.grad is None for p in layer.base.parameters())
+
+
+def test_the_state_dict_round_trips(method, sizes):
+    _, layer = make_layer(method, sizes)
+    stir(layer)
+    _, other = make_layer(method, sizes)
+    assert other.load_state_dict(layer.state_dict()) == ([], [])
+    x = points(torch.float64)
+    assert torch.equal(other(x), layer(x))
+
+
+def test_factors_have_the_shapes_of_the_update(method, sizes):
+    linear, layer = make_layer(method, sizes)
+    a, b, scale = layer.adapter.factors(layer.weight)
+    N, K = linear.weight.shape
+    assert a.shape == (3, K)
+    assert b.shape == (N, 3)
+    assert isinstance(scale, float)
