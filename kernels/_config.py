@@ -1,7 +1,7 @@
 """Tile sizes as data: a frozen record, and the pure function that picks one. Nothing here measures."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -14,12 +14,14 @@ __all__ = [
     "OPS",
     "DeviceFacts",
     "TileConfig",
+    "aligned",
     "block_rank",
     "device_facts",
     "dot_precision",
     "interpreted",
     "pick",
     "pick_for",
+    "small_tiles",
     "tl_type",
 ]
 
@@ -117,19 +119,28 @@ def block_rank(R: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(R)))
 
 
-def _split(blocks: int, steps: int, facts: DeviceFacts) -> int:
-    """Return how many programs should share a sum of ``steps`` blocks, to have two for each processor."""
-    wanted = triton.cdiv(2 * facts.processors, max(blocks, 1))
-    return max(1, min(wanted, steps // 4, 32))
+def aligned(t: torch.Tensor) -> bool:
+    """Whether 16-byte accesses along a contiguous dimension of ``t`` are possible."""
+    pitch = t.stride(0) if t.stride(1) == 1 else t.stride(1)
+    return 1 in t.stride() and pitch * t.element_size() % 16 == 0
+
+
+def small_tiles(config: TileConfig) -> TileConfig:
+    """Return ``config`` for an operand that is not aligned: every element takes a load and a pointer."""
+    least = {name: min(getattr(config, name), 32) for name in ("BLOCK_ROWS", "BLOCK_COLS", "BLOCK_DEPTH")}
+    return replace(config, **least, num_stages=2)
+
+
+def _split(blocks: int, steps: int, programs: int) -> int:
+    """Return how many programs share a sum of ``steps`` blocks, to have about ``programs`` of them in all."""
+    return max(1, min(round(programs / max(blocks, 1)), steps, 32))
 
 
 def _gemm(op: str, rows: int, dtype: torch.dtype, crowded: bool, facts: DeviceFacts) -> TileConfig:
-    """Return tiles for a GEMM of so many rows; ``crowded``: float32 adapters and a mask want registers too."""
+    """Return tiles for a GEMM of so many rows; ``crowded``: float32 adapters and a mask want registers."""
     if dtype.itemsize > 2:
-        return TileConfig(BLOCK_ROWS=64, BLOCK_COLS=32, BLOCK_DEPTH=32, num_stages=2, CUBLAS=True)
-    if facts.arch.startswith("gfx"):
         return TileConfig(
-            BLOCK_ROWS=128, BLOCK_COLS=128, BLOCK_DEPTH=32, num_warps=8, num_stages=2, CUBLAS=True
+            BLOCK_ROWS=64, BLOCK_COLS=32, BLOCK_DEPTH=32, CUBLAS=True, num_warps=8, num_stages=2
         )
     # measured on sm90 alone; elsewhere cuBLAS plus one pass is the safe choice
     measured = facts.arch == "sm90"
@@ -155,41 +166,57 @@ def _hidden(
     M: int, depth: int, R: int, dtype: torch.dtype, wide: bool, dropout: bool, facts: DeviceFacts
 ) -> TileConfig:
     """Return tiles for a sum along the rows of an (M, depth) operand; ``wide``: adapters in float32."""
+    warps = 4
     if wide and dtype is torch.bfloat16:
-        rows, deep, stages = 64, 128 if R <= 16 else 64, 3
+        rows, deep, stages = 64, 128 if R <= 16 and facts.arch == "sm90" else 64, 3
     elif wide:
-        rows, deep, stages = 16, 64, 3
+        rows, deep, stages, warps = 32, 32, 3, 8
     elif R > 64:
         rows, deep, stages = 32, 64, 3
     elif dropout:
         rows, deep, stages = (32, 128, 3) if M >= 1024 else (16, 256, 3)
     else:
         rows, deep, stages = 64, 128, 5
-    split = _split(triton.cdiv(M, rows) * triton.cdiv(R, 128) * 2, triton.cdiv(depth, deep), facts)
-    leave = R > 64 or M <= 64
+    blocks = triton.cdiv(M, rows) * triton.cdiv(R, 64)
     return TileConfig(
-        BLOCK_ROWS=rows, BLOCK_COLS=0, BLOCK_DEPTH=deep, SPLIT=split, num_stages=stages, CUBLAS=leave
+        BLOCK_ROWS=rows,
+        BLOCK_COLS=0,
+        BLOCK_DEPTH=deep,
+        SPLIT=_split(blocks, triton.cdiv(depth, 4 * deep), facts.processors),
+        CUBLAS=R > 64 or M <= 64 or dtype.itemsize > 2,
+        num_warps=warps,
+        num_stages=stages,
     )
 
 
-def _columns(op: str, M: int, cols: int, R: int, wide: bool, dropout: bool, facts: DeviceFacts) -> TileConfig:
+def _columns(
+    op: str, M: int, cols: int, R: int, dtype: torch.dtype, wide: bool, dropout: bool, facts: DeviceFacts
+) -> TileConfig:
     """Return tiles for a sum along the columns of an (M, cols) operand; ``wide``: adapters in float32."""
-    if op == "lora_backward_hidden_b" and R <= 16 and not wide and cols >= 2048:
+    programs = facts.processors
+    if op == "lora_backward_a":
+        rows, width, warps = (32, 64, 4) if wide else (64, 64, 4)
+        programs *= 4 if dropout else 2
+    elif R <= 16 and not wide and cols >= 2048:
         rows, width, warps = (32, 512, 4) if M >= 8192 else (64, 256, 8)
-    elif op == "lora_backward_hidden_b":
-        rows, width, warps = (64, 128, 8) if R <= 32 and not wide else (32, 64, 4)
     else:
-        rows, width, warps = (64, 64, 4) if not wide else (32, 64, 4)
+        rows, width, warps = (32, 64, 4) if wide or R > 32 else (64, 128, 8)
+    if wide and dtype is not torch.bfloat16:
+        warps = 8
     blocks = triton.cdiv(cols, width) * triton.cdiv(R, 64)
-    split = _split(triton.cdiv(blocks, 2) if dropout else blocks, triton.cdiv(M, rows), facts)
     return TileConfig(
         BLOCK_ROWS=rows,
         BLOCK_COLS=width,
         BLOCK_DEPTH=0,
-        SPLIT=split,
+        SPLIT=_split(blocks, triton.cdiv(M, 2 * rows), programs),
+        CUBLAS=R > 64 or M <= 64 or dtype.itemsize > 2,
         num_warps=warps,
-        CUBLAS=R > 64 or M <= 64,
     )
+
+
+def _for_amd(config: TileConfig) -> TileConfig:
+    """Return ``config`` within 64 KiB of shared memory, where a stage more is a buffer more."""
+    return replace(config, BLOCK_COLS=min(config.BLOCK_COLS, 128), num_stages=min(config.num_stages, 2))
 
 
 _INTERPRETED = {
@@ -235,12 +262,14 @@ def pick(
         row = _table(facts.arch).get(f"{op} M={1 << max(M - 1, 0).bit_length()} N={N} K={K}")
         if row is not None and not (wide and dropout):
             return TileConfig(**row)
-    if gemm:
-        return _gemm(op, M, dtype, wide and dropout, facts)
     wide = wide or dtype.itemsize > 2
-    if op == "lora_hidden":
-        return _hidden(M, K, R, dtype, wide, dropout, facts)
-    return _columns(op, M, K or N, R, wide, dropout, facts)
+    if gemm:
+        config = _gemm(op, M, dtype, wide and dropout, facts)
+    elif op == "lora_hidden":
+        config = _hidden(M, K, R, dtype, wide, dropout, facts)
+    else:
+        config = _columns(op, M, K or N, R, dtype, wide, dropout, facts)
+    return _for_amd(config) if facts.arch.startswith("gfx") else config
 
 
 def pick_for(

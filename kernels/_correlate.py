@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._config import TileConfig, block_rank, dot_precision, tl_type
+from ._config import TileConfig, aligned, block_rank, dot_precision, small_tiles, tl_type
 from ._sum_parts import sum_parts
 from ._tiles import dot, keep_tile, wide
 
@@ -67,14 +67,17 @@ def correlate(
     (rows, cols), R = t.shape, factor.shape[1]
     if out.numel() == 0:
         return out
+    precision, _ = dot_precision(t.dtype, factor.dtype)
+    most_ranks = {"native": 64, "split": 32}.get(precision, 16)
+    if not aligned(t):
+        config, most_ranks = small_tiles(config), 16
     each = triton.cdiv(triton.cdiv(rows, config.SPLIT), config.BLOCK_ROWS) * config.BLOCK_ROWS
     parts = triton.cdiv(rows, each) if rows else 1
     acc_type = torch.float64 if t.dtype is torch.float64 else torch.float32
     # parts lie as the result lies in memory, so that adding them up is a flat sum
     flat = out if out.is_contiguous() else out.T
     target = flat if parts == 1 else t.new_empty(parts, *flat.shape, dtype=acc_type)
-    precision, _ = dot_precision(t.dtype, factor.dtype)
-    BLOCK_R = block_rank(R, {"native": 64, "split": 32}.get(precision, 16))
+    BLOCK_R = block_rank(R, most_ranks)
     _correlate_kernel[(triton.cdiv(cols, config.BLOCK_COLS), triton.cdiv(R, BLOCK_R), parts)](
         t, factor, seed, target,
         rows, cols, R, each, 65536 / (65536 - threshold), threshold,

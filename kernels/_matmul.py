@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._config import TileConfig, block_rank, device_facts, dot_precision, tl_type
+from ._config import TileConfig, aligned, block_rank, device_facts, dot_precision, small_tiles, tl_type
 from ._tiles import base_product, grouped_tile, keep_tile, rank_product
 
 
@@ -68,16 +68,6 @@ def _extended_matmul_kernel(
             tl.store(out_ptrs, acc.to(out_ref.dtype.element_ty), mask=mask)
 
 
-# where rows do not start on 16-byte boundaries every element is a load of its own: small tiles, or registers spill
-_UNALIGNED = TileConfig(BLOCK_ROWS=32, BLOCK_COLS=32, BLOCK_DEPTH=32, num_stages=2)
-
-
-def _aligned(t: Tensor) -> bool:
-    """Whether 16-byte accesses along the contiguous dimension are possible."""
-    rows = t.stride(0) if t.stride(1) == 1 else t.stride(1)
-    return 1 in t.stride() and rows * t.element_size() % 16 == 0
-
-
 def _fits_descriptor(*tensors: Tensor) -> bool:
     """Whether the copy engine can address these: rows contiguous and on 16-byte boundaries, none empty."""
     return all(
@@ -123,8 +113,8 @@ def extended_matmul(
         return out
     fused = left is not None
     references, use_desc, depth_first = (out, out, out), False, False
-    if fused and config.BLOCK_ROWS > 16 and not (_aligned(left) and _aligned(right)):
-        config = _UNALIGNED
+    if fused and not (aligned(left) and aligned(right)):
+        config = small_tiles(config)
     if fused:
         references, use_desc, depth_first = _references(left, right, out, config)
     depth = left.shape[1] if fused else 0
@@ -141,7 +131,8 @@ def extended_matmul(
         USE_DESC=use_desc, DEPTH_FIRST=depth_first, EVEN=even,
         PRECISION=precision, ACC_TYPE=tl_type(out.dtype, accumulate=True), DOT_TYPE=dot_type,
         BLOCK_ROWS=config.BLOCK_ROWS, BLOCK_COLS=config.BLOCK_COLS, BLOCK_DEPTH=config.BLOCK_DEPTH,
-        BLOCK_R=block_rank(R, 16 if max(h.element_size(), out.element_size()) > 2 else 32), GROUP_ROWS=config.GROUP_ROWS,
+        BLOCK_R=block_rank(R, 16 if max(h.element_size(), out.element_size()) > 2 else 32),
+        GROUP_ROWS=config.GROUP_ROWS,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out

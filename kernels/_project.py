@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._config import TileConfig, block_rank, dot_precision, tl_type
+from ._config import TileConfig, aligned, block_rank, dot_precision, small_tiles, tl_type
 from ._sum_parts import sum_parts
 from ._tiles import dot, keep_tile, wide
 
@@ -66,12 +66,15 @@ def project(
     out = factor.new_empty(rows, R)
     if out.numel() == 0:
         return out
+    precision, _ = dot_precision(t.dtype, factor.dtype)
+    most_ranks = {"native": 64, "split": 32}.get(precision, 16)
+    if not aligned(t):
+        config, most_ranks = small_tiles(config), 16
     each = triton.cdiv(triton.cdiv(depth, config.SPLIT), config.BLOCK_DEPTH) * config.BLOCK_DEPTH
     parts = triton.cdiv(depth, each) if depth else 1
     acc_type = torch.float64 if t.dtype is torch.float64 else torch.float32
     target = out if parts == 1 else t.new_empty(parts, rows, R, dtype=acc_type)
-    precision, _ = dot_precision(t.dtype, factor.dtype)
-    BLOCK_R = block_rank(R, {"native": 64, "split": 32}.get(precision, 16))
+    BLOCK_R = block_rank(R, most_ranks)
     _project_kernel[(triton.cdiv(rows, config.BLOCK_ROWS), triton.cdiv(R, BLOCK_R), parts)](
         t, factor, seed, target,
         rows, depth, R, each, scale * 65536 / (65536 - threshold), threshold,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._config import TileConfig, block_rank, dot_precision, pick_for, tl_type
+from ._config import TileConfig, aligned, block_rank, dot_precision, pick_for, small_tiles, tl_type
 from ._sum_parts import sum_parts
 from ._tiles import dot, wide
 
@@ -66,13 +66,16 @@ def lora_backward_hidden_b(
     if M == 0 or N == 0:
         return dh.zero_(), db.zero_()
     config = config or pick_for("lora_backward_hidden_b", dy, b, N, 0, R)
+    precision, _ = dot_precision(dy.dtype, b.dtype)
+    most_ranks = 32 if precision == "native" else 16
+    if not aligned(dy):
+        config, most_ranks = small_tiles(config), 16
     each = triton.cdiv(triton.cdiv(M, config.SPLIT), config.BLOCK_ROWS) * config.BLOCK_ROWS
     blocks, shares = triton.cdiv(N, config.BLOCK_COLS), triton.cdiv(M, each)
     acc_type = torch.float64 if dy.dtype is torch.float64 else torch.float32
     dh_parts = dy.new_empty(blocks, M, R, dtype=acc_type)
     db_parts = dy.new_empty(shares, N, R, dtype=acc_type)
-    precision, _ = dot_precision(dy.dtype, b.dtype)
-    BLOCK_R = block_rank(R, 32 if precision == "native" else 16)
+    BLOCK_R = block_rank(R, most_ranks)
     _lora_backward_hidden_b_kernel[(blocks, triton.cdiv(R, BLOCK_R), shares)](
         dy, b, h, dh_parts, db_parts,
         M, N, R, each, scale,

@@ -6,12 +6,13 @@ name in it, so that one op stands for a kernel and for its reference alike.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-__all__ = ["register"]
+__all__ = ["no_autocast", "register"]
 
 _DROPOUT = "Tensor? seed, float dropout_p, str impl"
 _SCHEMAS = {
@@ -59,13 +60,17 @@ _FAKES = {
 }
 
 
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """Return a context for code whose dtypes were settled by its caller, whatever autocast says around it."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def _body(name: str, resolve: Callable[[str], ModuleType]) -> Callable[..., object]:
     def run(first: Tensor, *rest: object) -> object:
         function = getattr(resolve(rest[-1]), name)
         device = first.device
-        # the dtypes were settled by the caller: a surrounding autocast must not change them again
         if device.type != "meta" and torch.is_autocast_enabled(device.type):
-            with torch.autocast(device.type, enabled=False):
+            with no_autocast(device):
                 return function(first, *rest[:-1])
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):

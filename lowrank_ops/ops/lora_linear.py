@@ -2,9 +2,25 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ._library import no_autocast
 
 __all__ = ["LoRALinearFunction"]
+
+
+class _RefuseSecondDerivative(torch.autograd.Function):
+    """Passes gradients on, and raises where somebody differentiates them again."""
+
+    @staticmethod
+    def forward(ctx, anchor: Tensor, *grads: Tensor | None):
+        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx, *second: Tensor | None):
+        raise RuntimeError(
+            "lora_linear: gradients must not be differentiated again, got a second backward pass; "
+            "its kernels have no second derivative: write the layer out in PyTorch where you need one"
+        )
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -43,8 +59,16 @@ class LoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor):
+        with torch.no_grad():
+            grads = LoRALinearFunction._gradients(ctx, dy)
+        if torch.is_grad_enabled():
+            # once_differentiable would take dx for a constant where dy is one, though w, a and b are in it
+            grads = _RefuseSecondDerivative.apply(dy.new_empty(0).requires_grad_(), *grads)
+        return *grads, None, None, None, None
+
+    @staticmethod
+    def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         ops, impl, dropout_p = torch.ops.lowrank_ops, ctx.impl, ctx.dropout_p
         x, w, a, b, h, seed = ctx.saved_tensors
         need_x, need_w, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
@@ -60,7 +84,9 @@ class LoRALinearFunction(torch.autograd.Function):
         if need_a:
             da = ops.lora_backward_a(dh, x, seed, dropout_p, impl)
         if need_w:
-            dw = dy.T @ x
+            # as in the ops: the dtypes of the forward pass hold, whatever autocast says by now
+            with no_autocast(dy.device):
+                dw = dy.T @ x
         if need_bias:
             dbias = dy.sum(0)
-        return dx, dw, da, db, dbias, None, None, None, None
+        return dx, dw, da, db, dbias

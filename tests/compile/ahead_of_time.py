@@ -1,4 +1,4 @@
-"""Compile what a launcher would launch, for a GPU that is not there, and read what the compiler says of it."""
+"""Compile what a launcher would launch, for a GPU that is not there, and read what the compiler says."""
 
 import re
 import subprocess
@@ -44,13 +44,13 @@ def compile_launch(
 
 
 def resources(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
-    """Return registers, bytes of stack and local memory a thread (spills), and bytes of shared memory."""
+    """Return registers and bytes of stack and local memory (spills) a thread, and bytes of shared memory."""
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
         number = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))  # noqa: E731
         return {
             "registers": number("vgpr_count"),
-            "spilled": number("vgpr_spill_count") + number("sgpr_spill_count"),
+            "spilled": number("private_segment_fixed_size"),
             "shared": compiled.metadata.shared,
         }
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

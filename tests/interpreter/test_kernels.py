@@ -60,11 +60,13 @@ def run_all(module, t: dict[str, Tensor], seed: Tensor | None, p: float) -> dict
     }
 
 
+EXACT = [(shape, "fp32") for shape in SHAPES] + [(SHAPES[1], name) for name in DTYPES if name != "fp32"]
+
+
 @pytest.mark.parametrize("p", DROPOUT)
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtypes"), EXACT, ids=str)
 def test_kernels_are_exact_on_small_integers(shape, dtypes, p):
-    inputs = make_inputs(shape, *dtypes, integers)
+    inputs = make_inputs(shape, *DTYPES[dtypes], integers)
     seed = torch.tensor([2**62 + 12345]) if p else None
     actual = run_all(kernels, inputs, seed, p)
     expected = run_all(reference, {name: t.double() for name, t in inputs.items()}, seed, p)
@@ -75,7 +77,7 @@ def test_kernels_are_exact_on_small_integers(shape, dtypes, p):
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("dtypes", [DTYPES["fp16"], DTYPES["bf16"]], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 def test_kernels_are_as_accurate_as_pytorch(shape, dtypes, p):
     inputs = make_inputs(shape, *dtypes, reals)
     seed = torch.tensor([77]) if p else None
@@ -95,15 +97,13 @@ def test_empty_sizes_give_zeros_of_the_right_shape(shape, p):
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtypes", [DTYPES["fp32"], DTYPES["fp16-fp32"]], ids=["fp32", "fp16-fp32"])
 def test_strides_are_free(dtypes):
     inputs = make_inputs((33, 50, 71, 5), *dtypes, integers)
-    strided = {
-        name: t.T.contiguous().T if t.dim() == 2 else t.repeat_interleave(2)[::2] for name, t in inputs.items()
-    }
-    strided["bias"] = inputs["bias"]
+    strided = {name: t.T.contiguous().T if t.dim() == 2 else t for name, t in inputs.items()}
+    expected = run_all(kernels, inputs, None, 0.0)
     for name, value in run_all(kernels, strided, None, 0.0).items():
-        assert torch.equal(value, run_all(kernels, inputs, None, 0.0)[name]), name
+        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize("right_is_transposed", [False, True])
@@ -114,7 +114,9 @@ def test_tensor_descriptors_give_the_same_bits_as_pointers(rows, right_is_transp
     outs = [
         extended_matmul(left, right, h, b, None, None, 0, left.new_empty(rows, 48), config)
         for config in (
-            TileConfig(BLOCK_ROWS=32, BLOCK_COLS=16, BLOCK_DEPTH=32, DESCRIPTORS=descriptors, PERSISTENT=persistent)
+            TileConfig(
+                BLOCK_ROWS=32, BLOCK_COLS=16, BLOCK_DEPTH=32, DESCRIPTORS=descriptors, PERSISTENT=persistent
+            )
             for descriptors, persistent in itertools.product([False, True], [0, 1])
         )
     ]
@@ -146,10 +148,17 @@ def test_the_mask_is_the_one_that_the_reference_makes(p):
     assert torch.equal(dropped[dropped != 0], torch.full_like(dropped[dropped != 0], factor))
 
 
-@pytest.mark.parametrize("trains", list(itertools.product([False, True], repeat=5))[1:], ids=str)
+# every branch of backward: all, the factors and the input alone and together, the bias
+TRAINS = ["11111", "10000", "00100", "00010", "00001", "10110", "00110", "10010"]
+
+
+@pytest.mark.parametrize("trains", TRAINS)
 def test_gradients_through_the_kernels_match_finite_differences(trains):
-    sizes = [(3, 5), (4, 5), (2, 5), (4, 2), (4,)]
-    inputs = [torch.randn(*s, dtype=torch.float64).requires_grad_(t) for s, t in zip(sizes, trains, strict=True)]
+    sizes = [(2, 3), (3, 3), (1, 3), (3, 1), (3,)]
+    inputs = [
+        torch.randn(*size, dtype=torch.float64).requires_grad_(flag == "1")
+        for size, flag in zip(sizes, trains, strict=True)
+    ]
 
     def apply(*tensors: Tensor) -> Tensor:
         torch.manual_seed(5)
@@ -159,6 +168,6 @@ def test_gradients_through_the_kernels_match_finite_differences(trains):
 
 
 def test_two_runs_give_the_same_bits():
-    inputs = make_inputs((40, 37, 70, 130), torch.float32, torch.float32, reals)
+    inputs = make_inputs(SHAPES[1], torch.float32, torch.float32, reals)
     first, second = (run_all(kernels, inputs, torch.tensor([1]), 0.1) for _ in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
