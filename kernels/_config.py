@@ -125,10 +125,11 @@ def aligned(t: torch.Tensor) -> bool:
     return 1 in t.stride() and pitch * t.element_size() % 16 == 0
 
 
-def small_tiles(config: TileConfig) -> TileConfig:
+def small_tiles(config: TileConfig, dtype: torch.dtype) -> TileConfig:
     """Return ``config`` for an operand that is not aligned: every element takes a load and a pointer."""
-    least = {name: min(getattr(config, name), 32) for name in ("BLOCK_ROWS", "BLOCK_COLS", "BLOCK_DEPTH")}
-    return replace(config, **least, num_stages=2)
+    rows = 32 if dtype.itemsize == 2 else 16
+    least = {name: min(getattr(config, name), 32) for name in ("BLOCK_COLS", "BLOCK_DEPTH")}
+    return replace(config, **least, BLOCK_ROWS=min(config.BLOCK_ROWS, rows), num_stages=2)
 
 
 def _split(blocks: int, steps: int, programs: int) -> int:
@@ -140,7 +141,7 @@ def _gemm(op: str, rows: int, dtype: torch.dtype, crowded: bool, facts: DeviceFa
     """Return tiles for a GEMM of so many rows; ``crowded``: float32 adapters and a mask want registers."""
     if dtype.itemsize > 2:
         return TileConfig(
-            BLOCK_ROWS=64, BLOCK_COLS=32, BLOCK_DEPTH=32, CUBLAS=True, num_warps=8, num_stages=2
+            BLOCK_ROWS=32, BLOCK_COLS=64, BLOCK_DEPTH=32, CUBLAS=True, num_warps=8, num_stages=2
         )
     # measured on sm90 alone; elsewhere cuBLAS plus one pass is the safe choice
     measured = facts.arch == "sm90"
@@ -168,7 +169,8 @@ def _hidden(
     """Return tiles for a sum along the rows of an (M, depth) operand; ``wide``: adapters in float32."""
     warps = 4
     if wide and dtype is torch.bfloat16:
-        rows, deep, stages = 64, 128 if R <= 16 and facts.arch == "sm90" else 64, 3
+        rows = 32 if facts.arch.startswith("sm1") else 64
+        deep, stages = 128 if R <= 16 and facts.arch == "sm90" else 64, 3
     elif wide:
         rows, deep, stages, warps = 32, 32, 3, 8
     elif R > 64:

@@ -113,8 +113,8 @@ def extended_matmul(
         return out
     fused = left is not None
     references, use_desc, depth_first = (out, out, out), False, False
-    if fused and not (aligned(left) and aligned(right)):
-        config = small_tiles(config)
+    if not all(aligned(t) for t in ((left, right) if fused else (out,))):
+        config = small_tiles(config, out.dtype)
     if fused:
         references, use_desc, depth_first = _references(left, right, out, config)
     depth = left.shape[1] if fused else 0

@@ -69,7 +69,7 @@ def project(
     precision, _ = dot_precision(t.dtype, factor.dtype)
     most_ranks = {"native": 64, "split": 32}.get(precision, 16)
     if not aligned(t):
-        config, most_ranks = small_tiles(config), 16
+        config, most_ranks = small_tiles(config, t.dtype), 16
     each = triton.cdiv(triton.cdiv(depth, config.SPLIT), config.BLOCK_DEPTH) * config.BLOCK_DEPTH
     parts = triton.cdiv(depth, each) if depth else 1
     acc_type = torch.float64 if t.dtype is torch.float64 else torch.float32

@@ -69,7 +69,7 @@ def lora_backward_hidden_b(
     precision, _ = dot_precision(dy.dtype, b.dtype)
     most_ranks = 32 if precision == "native" else 16
     if not aligned(dy):
-        config, most_ranks = small_tiles(config), 16
+        config, most_ranks = small_tiles(config, dy.dtype), 16
     each = triton.cdiv(triton.cdiv(M, config.SPLIT), config.BLOCK_ROWS) * config.BLOCK_ROWS
     blocks, shares = triton.cdiv(N, config.BLOCK_COLS), triton.cdiv(M, each)
     acc_type = torch.float64 if dy.dtype is torch.float64 else torch.float32
