@@ -105,13 +105,13 @@ def tl_type(dtype: torch.dtype, accumulate: bool = False) -> tl.dtype:
 def dot_precision(big: torch.dtype, small: torch.dtype) -> tuple[str, tl.dtype]:
     """Return PRECISION of ``_tiles.dot`` for two dtypes, and the type that 16-bit products take."""
     if big is torch.float64:
-        return "ieee", tl.float64
-    if small is big and big is not torch.float32:
-        # the interpreter keeps bfloat16 as integers, and would multiply those
-        return "widen" if interpreted() and big is torch.bfloat16 else "native", _TL_TYPES[big]
-    if interpreted():
-        return "widen", _TL_TYPES[big]
-    return ("split" if big is torch.bfloat16 else "upcast"), _TL_TYPES[big]
+        return "double", tl.float64
+    # the interpreter keeps bfloat16 as integers, and would multiply those
+    if big is torch.float32 or (big is torch.bfloat16 and interpreted()):
+        return "float", _TL_TYPES[big]
+    if small is big:
+        return "native", _TL_TYPES[big]
+    return ("split" if big is torch.bfloat16 else "float"), _TL_TYPES[big]
 
 
 def block_rank(R: int, most: int) -> int:
@@ -140,9 +140,7 @@ def _split(blocks: int, steps: int, programs: int) -> int:
 def _gemm(op: str, rows: int, dtype: torch.dtype, crowded: bool, facts: DeviceFacts) -> TileConfig:
     """Return tiles for a GEMM of so many rows; ``crowded``: float32 adapters and a mask want registers."""
     if dtype.itemsize > 2:
-        return TileConfig(
-            BLOCK_ROWS=32, BLOCK_COLS=64, BLOCK_DEPTH=32, CUBLAS=True, num_warps=8, num_stages=2
-        )
+        return TileConfig(BLOCK_ROWS=32, BLOCK_COLS=32, BLOCK_DEPTH=32, CUBLAS=True, num_stages=2)
     # measured on sm90 alone; elsewhere cuBLAS plus one pass is the safe choice
     measured = facts.arch == "sm90"
     if rows >= 1024 and measured:
@@ -160,7 +158,10 @@ def _gemm(op: str, rows: int, dtype: torch.dtype, crowded: bool, facts: DeviceFa
             num_warps=8,
             num_stages=4 if measured else 3,
         )
-    return TileConfig(BLOCK_ROWS=16, BLOCK_COLS=64, BLOCK_DEPTH=128, num_stages=4, CUBLAS=True)
+    # a few tokens: all is bandwidth of w, and one launch less is worth more than any tile
+    return TileConfig(
+        BLOCK_ROWS=16, BLOCK_COLS=64, BLOCK_DEPTH=128, num_stages=4, CUBLAS=not measured or rows > 16
+    )
 
 
 def _hidden(
@@ -169,8 +170,8 @@ def _hidden(
     """Return tiles for a sum along the rows of an (M, depth) operand; ``wide``: adapters in float32."""
     warps = 4
     if wide and dtype is torch.bfloat16:
-        rows = 32 if facts.arch.startswith("sm1") else 64
-        deep, stages = 128 if R <= 16 and facts.arch == "sm90" else 64, 3
+        rows, deep, stages = 64, 128 if R <= 16 and facts.arch == "sm90" else 64, 3
+        warps = 8 if facts.arch.startswith("sm1") else 4
     elif wide:
         rows, deep, stages, warps = 32, 32, 3, 8
     elif R > 64:
@@ -185,7 +186,7 @@ def _hidden(
         BLOCK_COLS=0,
         BLOCK_DEPTH=deep,
         SPLIT=_split(blocks, triton.cdiv(depth, 4 * deep), facts.processors),
-        CUBLAS=R > 64 or M <= 64 or dtype.itemsize > 2,
+        CUBLAS=R > 64 or 16 < M <= 64 or dtype.itemsize > 2,
         num_warps=warps,
         num_stages=stages,
     )

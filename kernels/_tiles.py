@@ -30,11 +30,11 @@ def dot(left, right, acc, PRECISION: tl.constexpr):
     native  16-bit operands of one type on the tensor cores.
     split   bfloat16 left, float32 right: right is cut into three bfloat16 parts that add up to it, so
             every product is exact to float32 while left stays as it is in memory.
-    upcast  anything else with a float32 side: both cut into three parts, six products of them.
-    widen   the same on the ordinary units: the interpreter, which knows no three-part products.
-    ieee    float64 on the ordinary units.
+    float   any other pair with a float32 side: in float32 on the ordinary units.
+    double  float64, which only the interpreter runs.
 
-    Where a result is float32, sums over blocks stay outside the tensor cores, which truncate.
+    Where a result is float32, blocks are summed one by one and added to acc: tensor cores truncate their
+    sums, and one chain over a whole row would lose more than PyTorch does.
     """
     if PRECISION == "native":
         acc = tl.dot(left, right, acc)
@@ -47,12 +47,10 @@ def dot(left, right, acc, PRECISION: tl.constexpr):
         part = tl.dot(left, low)
         part = tl.dot(left, middle, part)
         acc += tl.dot(left, high, part)
-    elif PRECISION == "upcast":
-        # a zero that the compiler cannot see through, or it would move acc into the product again
+    elif PRECISION == "float":
+        # a zero that the compiler cannot see through, or it would start the block's sum at acc
         zero = tl.zeros_like(acc) + (tl.program_id(0) >> 31).to(tl.float32)
-        acc += tl.dot(left.to(tl.float32), right.to(tl.float32), zero, input_precision="bf16x6")
-    elif PRECISION == "widen":
-        acc = tl.dot(left.to(tl.float32), right.to(tl.float32), acc, input_precision="ieee")
+        acc += tl.dot(left.to(tl.float32), right.to(tl.float32), zero, input_precision="ieee")
     else:
         acc = tl.dot(left, right, acc, input_precision="ieee", out_dtype=acc.dtype)
     return acc
