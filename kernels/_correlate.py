@@ -42,7 +42,7 @@ def _correlate_kernel(
     if USE_DROPOUT:
         seed = tl.load(seed_ptr)
 
-    acc = tl.zeros((BLOCK_COLS, BLOCK_R), ACC_TYPE)
+    acc, rest = tl.zeros((BLOCK_COLS, BLOCK_R), ACC_TYPE), tl.zeros((BLOCK_COLS, BLOCK_R), ACC_TYPE)
     for row in range(first, min(first + rows_each, rows), BLOCK_ROWS):
         mask_row = row + tl.arange(0, BLOCK_ROWS) < rows
         t = tl.load(t_ptrs, mask=mask_row[:, None] & mask_col[None, :], other=0.0)
@@ -50,13 +50,13 @@ def _correlate_kernel(
         if USE_DROPOUT:
             keep = keep_tile(seed, row, col, threshold, BLOCK_ROWS, BLOCK_COLS)
             t = tl.where(keep, t, tl.zeros_like(t))
-        acc = dot(t.T, f, acc, PRECISION)
+        acc, rest = dot(t.T, f, acc, rest, PRECISION)
         t_ptrs += wide(BLOCK_ROWS) * stride_trow
         f_ptrs += wide(BLOCK_ROWS) * stride_frow
 
     offset = part.to(tl.int64) * cols * R
     out_ptrs = out_ptr + offset + offs_col[:, None].to(tl.int64) * stride_ocol + offs_r[None, :] * stride_or
-    result = (acc * scale).to(out_ptr.dtype.element_ty)
+    result = ((acc + rest) * scale).to(out_ptr.dtype.element_ty)
     tl.store(out_ptrs, result, mask=mask_col[:, None] & mask_r[None, :])
 
 

@@ -40,20 +40,24 @@ def _extended_matmul_kernel(
         row, col = tile_row * BLOCK_ROWS, tile_col * BLOCK_COLS
 
         acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), ACC_TYPE)
-        acc = rank_product(
-            acc, h_ptr, b_ptr, row, col, rows, cols, R, stride_hrow, stride_hr, stride_bcol, stride_br,
+        acc, rest = rank_product(
+            acc, acc, h_ptr, b_ptr, row, col, rows, cols, R, stride_hrow, stride_hr, stride_bcol, stride_br,
             PRECISION, DOT_TYPE, BLOCK_ROWS, BLOCK_COLS, BLOCK_R,
         )  # fmt: skip
         if USE_DROPOUT:
             keep = keep_tile(tl.load(seed_ptr), row, col, threshold, BLOCK_ROWS, BLOCK_COLS)
             acc = tl.where(keep, acc * keep_scale, 0.0)
+            if PRECISION == "float":
+                rest = tl.where(keep, rest * keep_scale, 0.0)
         if not ADD_BASE:
-            acc = base_product(
-                acc, left_ref, right_ref, row, col, rows, cols, depth,
+            acc, rest = base_product(
+                acc, rest, left_ref, right_ref, row, col, rows, cols, depth,
                 stride_lrow, stride_ldepth, stride_rcol, stride_rdepth,
                 USE_DESC, DEPTH_FIRST, EVEN, PRECISION, BLOCK_ROWS, BLOCK_COLS, BLOCK_DEPTH,
             )  # fmt: skip
 
+        if PRECISION == "float":
+            acc += rest
         offs_row, offs_col = row + tl.arange(0, BLOCK_ROWS), col + tl.arange(0, BLOCK_COLS)
         if HAS_BIAS:
             acc += tl.load(bias_ptr + offs_col, mask=offs_col < cols, other=0.0).to(ACC_TYPE)[None, :]

@@ -41,7 +41,7 @@ def _project_kernel(
     if USE_DROPOUT:
         seed = tl.load(seed_ptr)
 
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_R), ACC_TYPE)
+    acc, rest = tl.zeros((BLOCK_ROWS, BLOCK_R), ACC_TYPE), tl.zeros((BLOCK_ROWS, BLOCK_R), ACC_TYPE)
     for d in range(first, min(first + depth_each, depth), BLOCK_DEPTH):
         mask_d = d + tl.arange(0, BLOCK_DEPTH) < depth
         t = tl.load(t_ptrs, mask=mask_row[:, None] & mask_d[None, :], other=0.0)
@@ -49,12 +49,12 @@ def _project_kernel(
         if USE_DROPOUT:
             keep = keep_tile(seed, row, d, threshold, BLOCK_ROWS, BLOCK_DEPTH)
             t = tl.where(keep, t, tl.zeros_like(t))
-        acc = dot(t, f, acc, PRECISION)
+        acc, rest = dot(t, f, acc, rest, PRECISION)
         t_ptrs += wide(BLOCK_DEPTH) * stride_tdepth
         f_ptrs += wide(BLOCK_DEPTH) * stride_fdepth
 
     out_ptrs = out_ptr + (part.to(tl.int64) * rows + offs_row[:, None]) * R + offs_r[None, :]
-    result = (acc * scale).to(out_ptr.dtype.element_ty)
+    result = ((acc + rest) * scale).to(out_ptr.dtype.element_ty)
     tl.store(out_ptrs, result, mask=mask_row[:, None] & mask_r[None, :])
 
 

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._config import tl_type
+from ._tiles import add
 
 
 @triton.jit
@@ -12,11 +13,11 @@ def _sum_one(parts_ptr, out_ptr, parts, count, block, ACC_TYPE: tl.constexpr, BL
     offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < count
     ptrs = parts_ptr + offs
-    acc = tl.zeros((BLOCK,), ACC_TYPE)
+    acc, rest = tl.zeros((BLOCK,), ACC_TYPE), tl.zeros((BLOCK,), ACC_TYPE)
     for _ in range(parts):
-        acc += tl.load(ptrs, mask=mask, other=0.0)
+        acc, rest = add(acc, rest, tl.load(ptrs, mask=mask, other=0.0))
         ptrs += count
-    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offs, (acc + rest).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -29,7 +30,7 @@ def _sum_parts_kernel(
 
     Tensors   parts (parts, count), out (count,), contiguous; likewise the second pair.
     Program   BLOCK elements of the first pair, or after ``blocks`` programs of the second.
-    Numerics  sums in ACC_TYPE in the order of s, one rounding, at the store.
+    Numerics  sums in ACC_TYPE in the order of s, their errors kept; one rounding, at the store.
     Traffic   every part read once, usually from L2, out written once.
     """
     block = tl.program_id(0)

@@ -24,36 +24,45 @@ def grouped_tile(tile, tiles_row, tiles_col, GROUP_ROWS: tl.constexpr):
 
 
 @triton.jit
-def dot(left, right, acc, PRECISION: tl.constexpr):
-    """acc + left right, with the products as exact as the operands deserve.
+def add(acc, rest, part):
+    """acc + part, and rest plus the rounding error of that sum (Neumaier 1974)."""
+    total = acc + part
+    error = tl.where(tl.abs(acc) >= tl.abs(part), (acc - total) + part, (part - total) + acc)
+    return total, rest + error
 
-    native  16-bit operands of one type on the tensor cores.
+
+@triton.jit
+def dot(left, right, acc, rest, PRECISION: tl.constexpr):
+    """(acc, rest) + left right, with the products as exact as the operands deserve; the sum is acc + rest.
+
+    native  16-bit operands of one type on the tensor cores; rest stays zero.
     split   bfloat16 left, float32 right: right is cut into three bfloat16 parts that add up to it, so
             every product is exact to float32 while left stays as it is in memory.
     float   any other pair with a float32 side: in float32 on the ordinary units.
-    double  float64, which only the interpreter runs.
+    double  float64, which only the interpreter runs; rest stays zero.
 
-    Where a result is float32, blocks are summed one by one and added to acc: tensor cores truncate their
-    sums, and one chain over a whole row would lose more than PyTorch does.
+    Where a result is float32, blocks are summed one by one and added with their rounding errors kept:
+    tensor cores truncate, and a chain over a whole row would lose more than PyTorch's trees do.
     """
     if PRECISION == "native":
         acc = tl.dot(left, right, acc)
     elif PRECISION == "split":
         high = right.to(left.dtype)
-        rest = right - high.to(tl.float32)
-        middle = rest.to(left.dtype)
-        low = (rest - middle.to(tl.float32)).to(left.dtype)
+        remainder = right - high.to(tl.float32)
+        middle = remainder.to(left.dtype)
+        low = (remainder - middle.to(tl.float32)).to(left.dtype)
         # smallest parts first
         part = tl.dot(left, low)
         part = tl.dot(left, middle, part)
-        acc += tl.dot(left, high, part)
+        acc, rest = add(acc, rest, tl.dot(left, high, part))
     elif PRECISION == "float":
         # a zero that the compiler cannot see through, or it would start the block's sum at acc
         zero = tl.zeros_like(acc) + (tl.program_id(0) >> 31).to(tl.float32)
-        acc += tl.dot(left.to(tl.float32), right.to(tl.float32), zero, input_precision="ieee")
+        part = tl.dot(left.to(tl.float32), right.to(tl.float32), zero, input_precision="ieee")
+        acc, rest = add(acc, rest, part)
     else:
         acc = tl.dot(left, right, acc, input_precision="ieee", out_dtype=acc.dtype)
-    return acc
+    return acc, rest
 
 
 @triton.jit
@@ -78,12 +87,12 @@ def keep_tile(seed, row, col, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: t
 
 @triton.jit
 def rank_product(
-    acc, h_ptr, b_ptr, row, col, rows, cols, R,
+    acc, rest, h_ptr, b_ptr, row, col, rows, cols, R,
     stride_hrow, stride_hr, stride_bcol, stride_br,
     PRECISION: tl.constexpr, DOT_TYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """acc[row, col] += sum_r h[row, r] b[col, r], with h and b rounded to DOT_TYPE once."""
+    """(acc, rest)[row, col] += sum_r h[row, r] b[col, r], with h and b rounded to DOT_TYPE once."""
     offs_row = row + tl.arange(0, BLOCK_ROWS)
     offs_col = col + tl.arange(0, BLOCK_COLS)
     offs_r = tl.arange(0, BLOCK_R)
@@ -93,21 +102,21 @@ def rank_product(
     for r in tl.range(0, R, BLOCK_R, num_stages=1):
         h = tl.load(h_ptrs, mask=(offs_row[:, None] < rows) & (offs_r[None, :] < R - r), other=0.0)
         b = tl.load(b_ptrs, mask=(offs_col[None, :] < cols) & (offs_r[:, None] < R - r), other=0.0)
-        acc = dot(h.to(DOT_TYPE), b.to(DOT_TYPE), acc, PRECISION)
+        acc, rest = dot(h.to(DOT_TYPE), b.to(DOT_TYPE), acc, rest, PRECISION)
         h_ptrs += wide(BLOCK_R) * stride_hr
         b_ptrs += wide(BLOCK_R) * stride_br
-    return acc
+    return acc, rest
 
 
 @triton.jit
 def base_product(
-    acc, left_ref, right_ref, row, col, rows, cols, depth,
+    acc, rest, left_ref, right_ref, row, col, rows, cols, depth,
     stride_lrow, stride_ldepth, stride_rcol, stride_rdepth,
     USE_DESC: tl.constexpr, DEPTH_FIRST: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """acc[row, col] += sum_d left[row, d] right[col, d].
+    """(acc, rest)[row, col] += sum_d left[row, d] right[col, d].
 
     left_ref and right_ref are pointers with free strides, or with USE_DESC tensor descriptors: left of
     (rows, depth), right of (cols, depth) or, DEPTH_FIRST, of (depth, cols). EVEN says that the blocks
@@ -120,7 +129,7 @@ def base_product(
                 right = right_ref.load([d, col])
             else:
                 right = right_ref.load([col, d]).T
-            acc = dot(left, right, acc, PRECISION)
+            acc, rest = dot(left, right, acc, rest, PRECISION)
     else:
         offs_row = row + tl.arange(0, BLOCK_ROWS)
         offs_col = col + tl.arange(0, BLOCK_COLS)
@@ -136,7 +145,7 @@ def base_product(
                 mask_d = offs_d < depth - d
                 left = tl.load(left_ptrs, mask=(offs_row[:, None] < rows) & mask_d[None, :], other=0.0)
                 right = tl.load(right_ptrs, mask=(offs_col[None, :] < cols) & mask_d[:, None], other=0.0)
-            acc = dot(left, right, acc, PRECISION)
+            acc, rest = dot(left, right, acc, rest, PRECISION)
             left_ptrs += wide(BLOCK_DEPTH) * stride_ldepth
             right_ptrs += wide(BLOCK_DEPTH) * stride_rdepth
-    return acc
+    return acc, rest

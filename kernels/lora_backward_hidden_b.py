@@ -41,20 +41,21 @@ def _lora_backward_hidden_b_kernel(
     h_ptrs = h_ptr + offs_m[:, None].to(tl.int64) * stride_hm + offs_r[None, :].to(tl.int64) * stride_hr
     dh_ptrs = dh_ptr + (block_n.to(tl.int64) * M + offs_m[:, None]) * R + offs_r[None, :]
 
-    acc = tl.zeros((BLOCK_N, BLOCK_R), ACC_TYPE)
+    acc, rest = tl.zeros((BLOCK_N, BLOCK_R), ACC_TYPE), tl.zeros((BLOCK_N, BLOCK_R), ACC_TYPE)
+    zero = tl.zeros((BLOCK_M, BLOCK_R), ACC_TYPE)
     for m in range(first, min(first + rows_each, M), BLOCK_M):
         mask_m = m + tl.arange(0, BLOCK_M) < M
         dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
         h = tl.load(h_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-        dh = dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), ACC_TYPE), PRECISION)
+        dh, _ = dot(dy, b, zero, zero, PRECISION)
         tl.store(dh_ptrs, (dh * scale).to(dh_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
-        acc = dot(dy.T, h, acc, PRECISION)
+        acc, rest = dot(dy.T, h, acc, rest, PRECISION)
         dy_ptrs += wide(BLOCK_M) * stride_dym
         h_ptrs += wide(BLOCK_M) * stride_hm
         dh_ptrs += wide(BLOCK_M) * R
 
     db_ptrs = db_ptr + (part.to(tl.int64) * N + offs_n[:, None]) * R + offs_r[None, :]
-    tl.store(db_ptrs, acc.to(db_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_r[None, :])
+    tl.store(db_ptrs, (acc + rest).to(db_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_r[None, :])
 
 
 def lora_backward_hidden_b(
