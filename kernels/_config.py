@@ -158,9 +158,11 @@ def _gemm(op: str, rows: int, dtype: torch.dtype, crowded: bool, facts: DeviceFa
             num_warps=8,
             num_stages=4 if measured else 3,
         )
-    # a few tokens: all is bandwidth of w, and one launch less is worth more than any tile
+    if rows > 16:
+        return TileConfig(BLOCK_ROWS=16, BLOCK_COLS=64, BLOCK_DEPTH=128, CUBLAS=True, num_stages=4)
+    # a few tokens: all is bandwidth of w, so narrow tiles for many programs
     return TileConfig(
-        BLOCK_ROWS=16, BLOCK_COLS=64, BLOCK_DEPTH=128, num_stages=4, CUBLAS=not measured or rows > 16
+        BLOCK_ROWS=16, BLOCK_COLS=16, BLOCK_DEPTH=256, CUBLAS=not measured, num_warps=2, num_stages=4
     )
 
 
@@ -168,25 +170,29 @@ def _hidden(
     M: int, depth: int, R: int, dtype: torch.dtype, wide: bool, dropout: bool, facts: DeviceFacts
 ) -> TileConfig:
     """Return tiles for a sum along the rows of an (M, depth) operand; ``wide``: adapters in float32."""
-    warps = 4
-    if wide and dtype is torch.bfloat16:
+    warps, programs = 4, facts.processors
+    if wide and M <= 64:
+        # a short sum a block, for accuracy: these rows are too few for errors to hide among them
+        rows, deep, stages = 16, 32, 3
+    elif wide and dtype is torch.bfloat16:
         rows, deep, stages = 64, 128 if R <= 16 and facts.arch == "sm90" else 64, 3
         warps = 8 if facts.arch.startswith("sm1") else 4
     elif wide:
         rows, deep, stages, warps = 32, 32, 3, 8
+    elif M <= 16:
+        rows, deep, stages, programs = 16, 256, 3, 8 if depth <= 8192 else 16
     elif R > 64:
         rows, deep, stages = 32, 64, 3
     elif dropout:
         rows, deep, stages = (32, 128, 3) if M >= 1024 else (16, 256, 3)
     else:
         rows, deep, stages = 64, 128, 5
-    blocks = triton.cdiv(M, rows) * triton.cdiv(R, 64)
     return TileConfig(
         BLOCK_ROWS=rows,
         BLOCK_COLS=0,
         BLOCK_DEPTH=deep,
-        SPLIT=_split(blocks, triton.cdiv(depth, 4 * deep), facts.processors),
-        CUBLAS=R > 64 or 16 < M <= 64 or dtype.itemsize > 2,
+        SPLIT=_split(triton.cdiv(M, rows) * triton.cdiv(R, 64), triton.cdiv(depth, 2 * deep), programs),
+        CUBLAS=R > 32 or 16 < M <= 64 or dtype.itemsize > 2,
         num_warps=warps,
         num_stages=stages,
     )
@@ -197,13 +203,20 @@ def _columns(
 ) -> TileConfig:
     """Return tiles for a sum along the columns of an (M, cols) operand; ``wide``: adapters in float32."""
     programs = facts.processors
+    leave = R > 32 or M <= 64 or dtype.itemsize > 2
     if op == "lora_backward_a":
         rows, width, warps = (32, 64, 4) if wide else (64, 64, 4)
         programs *= 4 if dropout else 2
-    elif R <= 16 and not wide and cols >= 2048:
+        leave = leave or M <= 2048
+    elif wide or R > 32:
+        rows, width, warps = 32, 64 if M > 64 else 32, 4
+    elif R > 16:
+        rows, width, warps = (64, 256, 8) if cols >= 2048 else (64, 128, 8)
+        leave = leave or M <= 512
+    elif cols >= 2048:
         rows, width, warps = (32, 512, 4) if M >= 8192 else (64, 256, 8)
     else:
-        rows, width, warps = (32, 64, 4) if wide or R > 32 else (64, 128, 8)
+        rows, width, warps = 64, 128, 8
     if wide and dtype is not torch.bfloat16:
         warps = 8
     blocks = triton.cdiv(cols, width) * triton.cdiv(R, 64)
@@ -212,7 +225,7 @@ def _columns(
         BLOCK_COLS=width,
         BLOCK_DEPTH=0,
         SPLIT=_split(blocks, triton.cdiv(M, 2 * rows), programs),
-        CUBLAS=R > 64 or M <= 64 or dtype.itemsize > 2,
+        CUBLAS=leave,
         num_warps=warps,
     )
 
