@@ -160,9 +160,10 @@ def _gemm(op: str, rows: int, dtype: torch.dtype, crowded: bool, facts: DeviceFa
         )
     if rows > 16:
         return TileConfig(BLOCK_ROWS=16, BLOCK_COLS=64, BLOCK_DEPTH=128, CUBLAS=True, num_stages=4)
-    # a few tokens: all is bandwidth of w, so narrow tiles for many programs
+    # a few tokens: all is bandwidth of w, so narrow tiles for many programs; a mask comes 32 columns wide
+    cols = 16 if op == "lora_forward" else 32
     return TileConfig(
-        BLOCK_ROWS=16, BLOCK_COLS=16, BLOCK_DEPTH=256, CUBLAS=not measured, num_warps=2, num_stages=4
+        BLOCK_ROWS=16, BLOCK_COLS=cols, BLOCK_DEPTH=256, CUBLAS=not measured, num_warps=2, num_stages=4
     )
 
 
@@ -209,7 +210,7 @@ def _columns(
         programs *= 4 if dropout else 2
         leave = leave or M <= 2048
     elif wide or R > 32:
-        rows, width, warps = 32, 64 if M > 64 else 32, 4
+        rows, width, warps = 32, 64 if M > 64 and dtype is torch.bfloat16 else 32, 4
     elif R > 16:
         rows, width, warps = (64, 256, 8) if cols >= 2048 else (64, 128, 8)
         leave = leave or M <= 512
