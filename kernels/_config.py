@@ -161,9 +161,9 @@ def _gemm(op: str, rows: int, dtype: torch.dtype, crowded: bool, facts: DeviceFa
     if rows > 16:
         return TileConfig(BLOCK_ROWS=16, BLOCK_COLS=64, BLOCK_DEPTH=128, CUBLAS=True, num_stages=4)
     # a few tokens: all is bandwidth of w, so narrow tiles for many programs; a mask comes 32 columns wide
-    cols = 16 if op == "lora_forward" else 32
+    cols, depth = (16, 256) if op == "lora_forward" else (32, 128)
     return TileConfig(
-        BLOCK_ROWS=16, BLOCK_COLS=cols, BLOCK_DEPTH=256, CUBLAS=not measured, num_warps=2, num_stages=4
+        BLOCK_ROWS=16, BLOCK_COLS=cols, BLOCK_DEPTH=depth, CUBLAS=not measured, num_warps=2, num_stages=4
     )
 
 
@@ -193,7 +193,7 @@ def _hidden(
         BLOCK_COLS=0,
         BLOCK_DEPTH=deep,
         SPLIT=_split(triton.cdiv(M, rows) * triton.cdiv(R, 64), triton.cdiv(depth, 2 * deep), programs),
-        CUBLAS=R > 32 or 16 < M <= 64 or dtype.itemsize > 2,
+        CUBLAS=R > 32 or 16 < M <= 512 or dtype.itemsize > 2,
         num_warps=warps,
         num_stages=stages,
     )
@@ -206,7 +206,7 @@ def _columns(
     programs = facts.processors
     leave = R > 32 or M <= 64 or dtype.itemsize > 2
     if op == "lora_backward_a":
-        rows, width, warps = (32, 64, 4) if wide else (64, 64, 4)
+        rows, width, warps = (32, 64, 8 if facts.arch == "sm80" else 4) if wide else (64, 64, 4)
         programs *= 4 if dropout else 2
         leave = leave or M <= 2048
     elif wide or R > 32:
@@ -216,6 +216,7 @@ def _columns(
         leave = leave or M <= 512
     elif cols >= 2048:
         rows, width, warps = (32, 512, 4) if M >= 8192 else (64, 256, 8)
+        leave = leave or (M <= 512 and cols > 8192)
     else:
         rows, width, warps = 64, 128, 8
     if wide and dtype is not torch.bfloat16:
@@ -278,7 +279,9 @@ def pick(
     if gemm and dtype.itemsize == 2 and R <= 64:
         row = _table(facts.arch).get(f"{op} M={1 << max(M - 1, 0).bit_length()} N={N} K={K}")
         if row is not None and not (wide and dropout):
-            return TileConfig(**row)
+            # with few tiles, more ranks cost the fused kernel more than a pass of their own
+            crowded = R > 32 and 16 < M and M * (N if op == "lora_forward" else K) <= 2**21
+            return TileConfig(**row | {"CUBLAS": row.get("CUBLAS", False) or crowded})
     wide = wide or dtype.itemsize > 2
     if gemm:
         config = _gemm(op, M, dtype, wide and dropout, facts)
