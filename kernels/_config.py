@@ -161,9 +161,14 @@ def _gemm(op: str, rows: int, dtype: torch.dtype, crowded: bool, facts: DeviceFa
     if rows > 16:
         return TileConfig(BLOCK_ROWS=16, BLOCK_COLS=64, BLOCK_DEPTH=128, CUBLAS=True, num_stages=4)
     # a few tokens: all is bandwidth of w, so narrow tiles for many programs; a mask comes 32 columns wide
-    cols, depth = (16, 256) if op == "lora_forward" else (32, 128)
+    cols, depth, warps = (16, 256, 2) if op == "lora_forward" else (32, 128, 4)
     return TileConfig(
-        BLOCK_ROWS=16, BLOCK_COLS=cols, BLOCK_DEPTH=depth, CUBLAS=not measured, num_warps=2, num_stages=4
+        BLOCK_ROWS=16,
+        BLOCK_COLS=cols,
+        BLOCK_DEPTH=depth,
+        CUBLAS=not measured,
+        num_warps=warps,
+        num_stages=4,
     )
 
 

@@ -14,7 +14,7 @@ def _extended_matmul_kernel(
     left_ref, right_ref, h_ptr, b_ptr, bias_ptr, seed_ptr, out_ref,
     rows, cols, depth, R, threshold, keep_scale,
     stride_lrow, stride_ldepth, stride_rcol, stride_rdepth,
-    stride_hrow, stride_hr, stride_bcol, stride_br, stride_orow,
+    stride_hrow, stride_hr, stride_bcol, stride_br, stride_bias, stride_orow,
     HAS_BIAS: tl.constexpr, USE_DROPOUT: tl.constexpr, ADD_BASE: tl.constexpr,
     USE_DESC: tl.constexpr, DEPTH_FIRST: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, ACC_TYPE: tl.constexpr, DOT_TYPE: tl.constexpr,
@@ -60,7 +60,9 @@ def _extended_matmul_kernel(
             acc += rest
         offs_row, offs_col = row + tl.arange(0, BLOCK_ROWS), col + tl.arange(0, BLOCK_COLS)
         if HAS_BIAS:
-            acc += tl.load(bias_ptr + offs_col, mask=offs_col < cols, other=0.0).to(ACC_TYPE)[None, :]
+            acc += tl.load(bias_ptr + offs_col * stride_bias, mask=offs_col < cols, other=0.0).to(ACC_TYPE)[
+                None, :
+            ]
 
         if USE_DESC:
             out_ref.store([row, col], acc.to(out_ref.dtype))
@@ -73,9 +75,10 @@ def _extended_matmul_kernel(
 
 
 def _fits_descriptor(*tensors: Tensor) -> bool:
-    """Whether the copy engine can address these: rows contiguous and on 16-byte boundaries, none empty."""
+    """Whether the copy engine can address these: separate contiguous rows at 16-byte boundaries."""
     return all(
         t.stride(1) == 1
+        and t.stride(0) >= t.shape[1]
         and t.stride(0) * t.element_size() % 16 == 0
         and t.data_ptr() % 16 == 0
         and t.numel() > 0
@@ -130,7 +133,8 @@ def extended_matmul(
         references[0], references[1], h, b, bias, seed, references[2],
         rows, cols, depth, R, threshold, 65536 / (65536 - threshold),
         left.stride(0), left.stride(1), right.stride(0), right.stride(1),
-        h.stride(0), h.stride(1), b.stride(0), b.stride(1), out.stride(0),
+        h.stride(0), h.stride(1), b.stride(0), b.stride(1),
+        0 if bias is None else bias.stride(0), out.stride(0),
         HAS_BIAS=bias is not None, USE_DROPOUT=seed is not None, ADD_BASE=not fused,
         USE_DESC=use_desc, DEPTH_FIRST=depth_first, EVEN=even,
         PRECISION=precision, ACC_TYPE=tl_type(out.dtype, accumulate=True), DOT_TYPE=dot_type,

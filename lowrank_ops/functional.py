@@ -1,6 +1,5 @@
 """The public functions: check once, pick an implementation, call the autograd Function."""
 
-import math
 from functools import cache
 from types import ModuleType
 
@@ -16,6 +15,7 @@ __all__ = ["lora_linear"]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _IMPLS = ("auto", "triton", "reference")
 _MAX_RANK = 512
+_LARGEST = 3.4e38  # float32's
 
 
 @cache
@@ -73,8 +73,8 @@ def _check_options(op: str, scale: float, dropout_p: float, impl: str) -> None:
     for name, value in (("scale", scale), ("dropout_p", dropout_p)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"{op}: scale must be finite, got {scale}")
+    if not -_LARGEST <= scale <= _LARGEST:
+        raise ValueError(f"{op}: scale must be finite in float32, got {str(scale)[:24]}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
     if impl not in _IMPLS:
@@ -148,7 +148,8 @@ def lora_linear(
         x: input, (..., K), any leading dimensions and strides; float16, bfloat16 or float32 (float64 on the
             reference).
         w: base weight, (N, K), dtype of ``x``. Usually frozen; trains if it requires a gradient.
-        a: down-projection, (R, K), dtype of ``x``, or float32 beside a 16-bit ``x``. 1 ≤ R ≤ 512.
+        a: down-projection, (R, K), dtype of ``x``, or float32 beside a 16-bit ``x``: then gradients have
+            float32 accuracy, while the update inside y and dx is made of 16-bit factors. 1 ≤ R ≤ 512.
         b: up-projection, (N, R), dtype of ``a``.
         bias: (N,), dtype of ``x``, or None.
         scale: finite factor on the update, dimensionless; ``LoRAConfig.scale`` is lora_alpha / r.

@@ -100,6 +100,24 @@ def test_strides_are_free(impl):
         torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * other.abs().max().item())
 
 
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_rows_and_biases_may_be_expanded(impl):
+    M, N, K, R = 2048, 512, 1024, 16
+    x, w, a, b, bias = (t.detach() for t in make_inputs(M, N, K, R, torch.bfloat16, torch.bfloat16))
+    wide_bias = torch.stack([bias, -bias], 1)[:, 0]
+    assert wide_bias.stride() == (2,)
+    rows, dy = x[:1].expand(M, K).requires_grad_(), torch.randn(1, N, device="cuda").bfloat16().expand(M, N)
+    y = lora_linear(rows, w, a, b, wide_bias, impl=impl)
+    want = lora_linear(x[:1], w, a, b, bias, impl="reference")
+    torch.testing.assert_close(y, want.expand(M, N), rtol=0.02, atol=0.02)
+    (dx,) = torch.autograd.grad(y, rows, dy)
+    exact = dy[:1].double() @ (w.double() + b.double() @ a.double())
+    torch.testing.assert_close(dx.double(), exact.expand(M, K), rtol=0.02, atol=0.05)
+    one = torch.tensor(5.0, device="cuda", dtype=torch.bfloat16).expand(N)
+    plain = lora_linear(x, w, a, b, impl=impl)
+    torch.testing.assert_close(lora_linear(x, w, a, b, one, impl=impl), plain + 5, rtol=0.02, atol=0.05)
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 6, 2), (5, 0, 6, 2), (5, 6, 0, 2)], ids=str)
 def test_empty_sizes_work(shape):
     inputs = make_inputs(*(max(size, 1) for size in shape), torch.bfloat16, torch.bfloat16)

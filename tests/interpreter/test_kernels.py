@@ -101,9 +101,17 @@ def test_empty_sizes_give_zeros_of_the_right_shape(shape, p):
 def test_strides_are_free(dtypes):
     inputs = make_inputs((33, 50, 71, 5), *dtypes, integers)
     strided = {name: t.T.contiguous().T if t.dim() == 2 else t for name, t in inputs.items()}
+    strided["bias"] = inputs["bias"].repeat_interleave(3)[::3]
+    assert strided["bias"].stride() == (3,)
     expected = run_all(kernels, inputs, None, 0.0)
     for name, value in run_all(kernels, strided, None, 0.0).items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_one_bias_for_all_features_may_be_expanded():
+    inputs = make_inputs(SHAPES[1], torch.float32, torch.float32, integers)
+    inputs["bias"] = torch.tensor(5.0).expand(50)
+    assert torch.equal(run_all(kernels, inputs, None, 0.0)["y"], run_all(reference, inputs, None, 0.0)["y"])
 
 
 @pytest.mark.parametrize("right_is_transposed", [False, True])
