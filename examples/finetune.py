@@ -52,6 +52,12 @@ def positive(text: str) -> int:
     return value
 
 
+def rate(text: str) -> float:
+    if not 0 <= (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and finite, got {value}")
+    return value
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="finetune", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -59,7 +65,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, help="optimiser steps; 30 on a CPU, 200 on a GPU")
     parser.add_argument("--rank", type=positive, default=16, help="rank of the adapter, 1 to 512")
     parser.add_argument("--dropout", type=float, default=0.0, help="probability, in [0, 1)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="largest learning rate of AdamW")
+    parser.add_argument("--lr", type=rate, default=1e-3, help="largest learning rate of AdamW")
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 files to train on")
     parser.add_argument("--model", type=Path, help="GGUF or model folder instead of SmolLM2")
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder of the results")

@@ -32,6 +32,7 @@ _DEFAULTS = {
     "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False,
     "rank_pattern": {}, "alpha_pattern": {}, "bias": "none",
 }  # fmt: skip
+_NUMBERS = ("r", "lora_alpha", "lora_dropout")
 # initialisations that leave the base weight alone
 _PLAIN_INITS = (None, True, False, "true", "gaussian", "eva", "orthogonal")
 
@@ -67,7 +68,8 @@ def config_from_fields(
         warn(f"{op}: options {', '.join(unknown)} are not known here and are ignored", stacklevel=4)
     targets = fields.get("target_modules")
     exact = bool(targets) and not fields.get("exclude_modules") and fields.get("layers_to_transform") is None
-    given = {name: fields[name] for name in _DEFAULTS if fields.get(name) is not None}
+    # null is no number; elsewhere it stands for the default
+    given = {k: fields[k] for k in _DEFAULTS if k in fields and (k in _NUMBERS or fields[k] is not None)}
     try:
         config = LoRAConfig(target_modules=targets if exact else tuple(names), **{**_DEFAULTS, **given})
     except (TypeError, ValueError) as error:

@@ -3,12 +3,7 @@
 import json
 import math
 import os
-import pickle
-import re
-import struct
-import uuid
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_config import config_from_fields, config_of_layers, fields_from_config
+from .adapter_tensors import CONFIG, WEIGHTS, folder_path, read_tensors, sort_tensors, write_files
 from .config import LoRAConfig, selects
 from .inject import (
     check_called,
@@ -27,16 +23,13 @@ from .inject import (
     named_modules,
     output_embedding,
     set_trainable,
+    unwrapped,
 )
 from .layers import FusedLoRALinear, check_linear
 from .methods.base import adapter_dtype
 from .methods.lora import LoRA
 
 __all__ = ["load_adapter", "save_adapter"]
-
-_CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-_BIAS = re.compile(r"base_model\.model\.((?:.+\.)?)(?:base_layer\.)?bias")
 
 
 @dataclass(frozen=True)
@@ -48,12 +41,14 @@ class _Stored:
     exact: bool
     factors: dict[str, dict[str, Tensor]]
     biases: dict[str, Tensor]
+    copies: dict[str, Tensor]
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the adapters of ``model`` to ``folder``, as PEFT does: ``PeftModel.from_pretrained`` reads them.
 
-    Both files are written under temporary names and then renamed, so that neither is ever half written.
+    Both files are written under temporary names and then renamed, so that neither is ever half written, and
+    both are as before if one cannot be replaced.
     Tensors keep their dtype. A merged model saves the same files.
 
     Args:
@@ -62,12 +57,14 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the model has no fused layers, or they hold no data ("meta"), or share no config, or
-            ``folder`` is a file. NotImplementedError: PEFT does not have the method.
+            ``folder`` is a file. TypeError: ``folder`` is no path. OSError: it cannot be written.
+            NotImplementedError: PEFT does not have the method.
     """
     from safetensors.torch import save
 
     op = "save_adapter"
     check_model(op, model)
+    folder, model = folder_path(op, folder), unwrapped(model)
     layers = fused_layers(model)
     if not layers or "" in layers:
         kind = type(model).__name__
@@ -86,14 +83,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             raise ValueError(f"{op}: model must hold data, got {name} on meta")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     fields = fields_from_config(config, model, layers, _base_names(model, layers))
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{op}: folder must be a directory, got the file {str(folder)!r}")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(
-        folder,
-        {_WEIGHTS: save(tensors, metadata={"format": "pt"}), _CONFIG: json.dumps(fields, indent=2).encode()},
-    )
+    weights = save(tensors, metadata={"format": "pt"})
+    write_files(op, folder, {WEIGHTS: weights, CONFIG: json.dumps(fields, indent=2).encode()})
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
@@ -102,6 +93,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     A plain model is injected with the layers that the files name; the adapters train, and the rest is frozen
     but for the biases that the files' ``bias`` option names. An injected model is filled, and keeps its own
     dropout and what trains. Tensors are cast to the dtype of the adapters: float32 beside a 16-bit base.
+    Copies of base weights, as PEFT adds for an adapter on a head, must equal those of the model.
 
     Args:
         model: a plain model, or one injected with the layers, ranks and scales of the files.
@@ -113,25 +105,31 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         FileNotFoundError: the folder or a file is missing. ValueError: a file is broken, or does not fit the
-            model or its own config. TypeError: a layer is not a plain ``nn.Linear``. NotImplementedError:
+            model or its own config. TypeError: a layer is not a plain ``nn.Linear``, or an argument or an
+            option is of the wrong type. NotImplementedError:
             the adapter has an option that changes what it computes and is not known here. The model is then
             as before.
     """
     op = "load_adapter"
     check_model(op, model)
-    stored = _read(op, Path(folder))
-    layers = fused_layers(model)
+    stored = _read(op, folder_path(op, folder))
+    inner = unwrapped(model)
+    layers = fused_layers(inner)
     if layers:
-        _fill(op, model, layers, stored)
+        _fill(op, inner, layers, stored)
     else:
-        _inject(op, model, stored)
+        check_uninjected(op, model)
+        _inject(op, inner, stored)
     return model
 
 
+# tensors that are made in inference mode could never train
+@torch.inference_mode(False)
+@torch.no_grad()
 def _inject(op: str, model: nn.Module, stored: _Stored) -> None:
-    check_uninjected(op, model)
     modules = {name: module for name, module in named_modules(model) if name}
     _check_names(op, "layers", _expected(model, modules, stored), stored.factors)
+    _check_copies(op, modules, stored)
     layers = {}
     for name, factors in stored.factors.items():
         check_linear(op, f"layer {name!r}", modules[name])
@@ -165,6 +163,7 @@ def _fill(op: str, model: nn.Module, layers: Mapping[str, FusedLoRALinear], stor
             raise ValueError(f"{op}: scale of {name!r} must be {expected} as in the model, got {own.scale}")
         _check_shapes(op, name, stored.factors[name], own.r, layer.weight)
         copies += [(adapter.a, stored.factors[name]["A"]), (adapter.b, stored.factors[name]["B"])]
+    _check_copies(op, dict(named_modules(model)), stored)
     copies += _bias_copies(op, model, stored, layers)
     _copy(copies)
     for layer in layers.values():
@@ -176,6 +175,8 @@ def _expected(model: nn.Module, modules: Mapping[str, nn.Module], stored: _Store
     expected = set(stored.factors) & set(modules)
     if stored.exact:
         head, targets = output_embedding(model), stored.config.target_modules
+        if targets == "all-linear":
+            expected = {name for name in expected if modules[name] is not head}
         for name, module in modules.items():
             if type(module) is nn.Linear:
                 targeted = module is not head if targets == "all-linear" else selects(targets, name)
@@ -215,6 +216,21 @@ def _copy(copies: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
         parameter.copy_(tensor)
 
 
+def _check_copies(op: str, modules: Mapping[str, nn.Module], stored: _Stored) -> None:
+    """Raise unless the base weights that the files hold are those of the model, to the coarser dtype."""
+    for name, copy in stored.copies.items():
+        weight = getattr(modules.get(name), "weight", None)
+        equal = isinstance(weight, Tensor) and weight.shape == copy.shape
+        if equal and not weight.is_meta:
+            dtype = min(weight.dtype, copy.dtype, key=lambda dtype: dtype.itemsize)
+            equal = torch.equal(weight.detach().to(dtype), copy.to(weight.device, dtype))
+        if not equal:
+            raise ValueError(
+                f"{op}: model must have the base weights that the adapter was trained on, got another weight "
+                f"of {name!r}"
+            )
+
+
 def _base_names(model: nn.Module, layers: Collection[str]) -> list[str]:
     inside = tuple(f"{name}." for name in layers)
     return [name for name, _ in named_modules(model) if name and not name.startswith(inside)]
@@ -238,85 +254,26 @@ def _check_shapes(op: str, name: str, factors: Mapping[str, Tensor], rank: int, 
 def _read(op: str, folder: Path) -> _Stored:
     if not folder.is_dir():
         raise FileNotFoundError(f"{op}: folder must be a directory on this machine, got {str(folder)!r}")
-    path = folder / _CONFIG
+    path = folder / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{op}: folder must hold {_CONFIG}, got {str(folder)!r} without")
+        raise FileNotFoundError(f"{op}: folder must hold {CONFIG}, got {str(folder)!r} without")
     try:
         fields = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{op}: {_CONFIG} must be JSON, got a file that is not ({error})") from error
+        raise ValueError(f"{op}: {CONFIG} must be JSON, got a file that is not ({error})") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{op}: {_CONFIG} must hold a JSON object, got {type(fields).__name__}")
+        raise ValueError(f"{op}: {CONFIG} must hold a JSON object, got {type(fields).__name__}")
     # the options first: an adapter of another kind has tensors of other names
     config_from_fields(op, fields, ["any"])
-    factors, biases = _sort(op, _read_tensors(op, folder))
+    factors, biases, copies = sort_tensors(op, read_tensors(op, folder))
     config, kept, exact = config_from_fields(op, fields, sorted(factors))
+    targets = config.target_modules
     for name, pair in factors.items():
+        if exact and targets != "all-linear" and not selects(targets, name):
+            raise ValueError(f"{op}: target_modules must select all layers of the adapter, got not {name!r}")
         rank, (a, b) = config.for_layer(name).r, (pair["A"], pair["B"])
         if a.dim() != 2 or b.dim() != 2 or not rank == a.shape[0] == b.shape[1]:
             shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
             what = f"lora_A and lora_B of {name!r}"
             raise ValueError(f"{op}: {what} must have the config's rank {rank}, got {shapes}")
-    return _Stored(config, kept, exact, factors, biases)
-
-
-def _read_tensors(op: str, folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    unreadable = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, struct.error)
-    for name in (_WEIGHTS, _PICKLE):
-        path = folder / name
-        if path.is_file():
-            try:
-                if name == _WEIGHTS:
-                    tensors = load(path.read_bytes())
-                else:
-                    tensors = torch.load(path, map_location="cpu", weights_only=True)
-            except (SafetensorError, *unreadable) as error:
-                line = str(error).partition("\n")[0]
-                message = f"{op}: {name} must be a complete file of tensors, got one that is not ({line})"
-                raise ValueError(message) from error
-            if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-                raise ValueError(f"{op}: {name} must hold a dict of tensors, got {type(tensors).__name__}")
-            return tensors
-    raise FileNotFoundError(f"{op}: folder must hold {_WEIGHTS} or {_PICKLE}, got {str(folder)!r} without")
-
-
-def _sort(op: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    factors: dict[str, dict[str, Tensor]] = {}
-    biases = {}
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"{op}: {key} must be floating point, got {tensor.dtype}")
-        if match := _FACTOR.fullmatch(key):
-            factors.setdefault(match[1], {})[match[2]] = tensor
-        elif match := _BIAS.fullmatch(key):
-            biases[f"{match[1].removesuffix('base_layer.')}bias"] = tensor
-        elif "lora_embedding" in key or "lora_magnitude" in key:
-            raise NotImplementedError(f"{op}: adapter must be plain LoRA, got {key}; load it with PEFT")
-        else:
-            raise ValueError(f"{op}: adapter must hold lora_A, lora_B and biases only, got {key}")
-    for name, pair in factors.items():
-        if len(pair) != 2:
-            found = f"lora_{min(pair)}"
-            raise ValueError(f"{op}: adapter must hold lora_A and lora_B of {name!r}, got {found} alone")
-    if not factors:
-        raise ValueError(f"{op}: adapter must hold lora_A and lora_B of a layer, got none")
-    return dict(sorted(factors.items())), biases
-
-
-def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write all files under temporary names, then rename them; on failure no temporary file is left."""
-    with ExitStack() as cleanup:
-        renames = []
-        for name, data in contents.items():
-            path = folder / f".{name}.{uuid.uuid4().hex}"
-            cleanup.callback(path.unlink, missing_ok=True)
-            with path.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            renames.append((path, folder / name))
-        for path, target in renames:
-            os.replace(path, target)
+    return _Stored(config, kept, exact, factors, biases, copies)

@@ -1,6 +1,7 @@
 """What the user chose: frozen dataclasses whose fields are named as PEFT names them."""
 
 import math
+import numbers
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -73,6 +74,8 @@ class LoRAConfig:
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f'{op}: bias must be "none", "all" or "lora_only", got {self.bias!r}')
         # the dataclass is frozen for its users; here the fields take their canonical, hashable form
+        for name in ("r", "lora_alpha", "lora_dropout"):
+            object.__setattr__(self, name, _canonical_number(getattr(self, name)))
         object.__setattr__(self, "target_modules", _canonical_targets(op, self.target_modules))
         for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
             object.__setattr__(self, name, _canonical_pattern(op, name, getattr(self, name), check))
@@ -113,12 +116,12 @@ def _lookup(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _check_number(op: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
 
 
 def _check_rank(op: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     if not 1 <= value <= _MAX_RANK:
         raise ValueError(f"{op}: {name} must be in 1..{_MAX_RANK}, got {value}")
@@ -126,8 +129,17 @@ def _check_rank(op: str, name: str, value: object) -> None:
 
 def _check_alpha(op: str, name: str, value: object) -> None:
     _check_number(op, name, value)
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{op}: {name} must be positive and finite, got {value}")
+    try:
+        is_valid, shown = 0 < float(value) < math.inf, value
+    except OverflowError:
+        is_valid, shown = False, "a number that no float holds"
+    if not is_valid:
+        raise ValueError(f"{op}: {name} must be positive and finite, got {shown}")
+
+
+def _canonical_number(value: numbers.Real) -> int | float:
+    # numpy's numbers compare as Python's, but json and torch.compile do not take them
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _check_regex(op: str, name: str, expression: str) -> None:
@@ -167,4 +179,4 @@ def _canonical_pattern(op: str, name: str, pattern: object, check: Any) -> Froze
             raise TypeError(f"{op}: {name} must have strings as keys, got {type(key).__name__}")
         _check_regex(op, name, key)
         check(op, f"{name}[{key!r}]", value)
-    return FrozenDict(pattern)
+    return FrozenDict({key: _canonical_number(value) for key, value in pattern.items()})

@@ -18,8 +18,24 @@ __all__ = ["inject"]
 
 # what torch.compile, FSDP and checkpoint_wrapper put into the names of the modules inside them
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# their fused forward pass reads the weight of out_proj and does not call the module
-_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+# classes whose forward pass, or whose fused kernel, reads the weights of these children and does not call
+# them; by name, since a model's own code may carry a copy
+_BYPASSED = {
+    "BambaMixer": ("out_proj",),
+    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "DetrMHAttentionMap": ("k_proj",),
+    "FalconH1Mixer": ("out_proj",),
+    "FalconMambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "GraniteMoeHybridMambaLayer": ("out_proj",),
+    "JambaMambaMixer": ("dt_proj",),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "Mamba2Mixer": ("out_proj",),
+    "MambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "MaskFormerDetrMHAttentionMap": ("k_proj",),
+    "NemotronHMamba2Mixer": ("out_proj",),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "Zamba2MambaMixer": ("out_proj",),
+}
 
 
 def inject(model: nn.Module, config: LoRAConfig) -> nn.Module:
@@ -45,9 +61,12 @@ def inject(model: nn.Module, config: LoRAConfig) -> nn.Module:
     check_model("inject", model)
     check_config("inject", config)
     check_uninjected("inject", model)
+    root, model = model, unwrapped(model)
     targets = find_targets("inject", model, config.target_modules)
     _warn_of_unused_patterns(config, targets)
-    with _generators_kept_on_failure({linear.weight.device for linear in targets.values()}):
+    devices = {linear.weight.device for linear in targets.values()}
+    # tensors that are made in inference mode could never train
+    with torch.inference_mode(False), torch.no_grad(), _generators_kept_on_failure(devices):
         layers = {
             name: FusedLoRALinear(
                 linear, METHODS[config.method](config.for_layer(name), linear.weight), config
@@ -56,7 +75,7 @@ def inject(model: nn.Module, config: LoRAConfig) -> nn.Module:
         }
     install(model, {id(layer.base): layer for layer in layers.values()})
     set_trainable(model, layers.values())
-    return model
+    return root
 
 
 def fused_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
@@ -77,7 +96,9 @@ def find_targets(op: str, model: nn.Module, targets: str | Collection[str]) -> d
         found = {n: m for n, m in modules.items() if type(m) is nn.Linear and m is not head}
         if not found:
             kind = type(model).__name__
-            raise ValueError(f"{op}: model must contain an nn.Linear, got a {kind} without one")
+            has_conv = any(type(module).__name__ == "Conv1D" for module in modules.values())
+            advice = "; Conv1D of transformers is not supported" if has_conv else ""
+            raise ValueError(f"{op}: model must contain an nn.Linear, got a {kind} without one{advice}")
     else:
         # a target may use any name of a shared module; files use the first
         aliases = [(_WRAPPERS.sub("", n), m) for n, m in model.named_modules(remove_duplicate=False) if n]
@@ -93,7 +114,6 @@ def find_targets(op: str, model: nn.Module, targets: str | Collection[str]) -> d
 def check_called(op: str, model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
     """Raise where a parent reads a target's weight and skips the module, which would drop the adapter."""
     names = {id(module): name for name, module in targets.items()}
-    kind = getattr(getattr(model, "config", None), "model_type", None)
     has_fast_path = torch.backends.mha.get_fastpath_enabled()
     for parent in model.modules():
         for child_name, child in parent.named_children():
@@ -105,22 +125,27 @@ def check_called(op: str, model: nn.Module, targets: Mapping[str, nn.Module]) ->
                     f"{op}: target {name!r} must be called by its parent, got {type(parent).__name__}, whose "
                     "fast path skips it; call torch.backends.mha.set_fastpath_enabled(False) first"
                 )
-            if kind in _MAMBA and child_name == "out_proj":
+            if any(child_name in _BYPASSED.get(cls.__name__, ()) for cls in type(parent).__mro__):
                 raise ValueError(
-                    f"{op}: target {name!r} must be called by its parent, got a {kind} model, whose kernel "
-                    "skips it; leave it out of target_modules"
+                    f"{op}: target {name!r} must be called by its parent, got {type(parent).__name__}, "
+                    "which reads its weight instead; leave it out of target_modules"
                 )
 
 
 def install(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
     """Put fused layers in the places of the modules whose ``id`` is the key; note whose weight is tied."""
+    note_shared_weights(model, [m for m in replacements.values() if isinstance(m, FusedLoRALinear)])
+    replace_modules(model, replacements)
+
+
+def note_shared_weights(model: nn.Module, layers: Iterable[FusedLoRALinear]) -> None:
+    """Tell ``layers`` whether another module of ``model`` holds their base weight too."""
     holders = Counter(
         id(parameter) for module in model.modules() for parameter in set(module.parameters(recurse=False))
     )
-    for layer in replacements.values():
-        if isinstance(layer, FusedLoRALinear):
-            layer.shares_weight = holders[id(layer.base.weight)] > 1
-    replace_modules(model, replacements)
+    for layer in layers:
+        # what a larger model said before still holds where ``model`` is a part of it
+        layer.shares_weight = layer.shares_weight or holders[id(layer.base.weight)] > 1
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
@@ -141,11 +166,23 @@ def check_model(op: str, model: object) -> None:
     """Raise unless ``model`` is a module that can hold fused layers."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model must be an nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.Linear):
+    inner = unwrapped(model)
+    if isinstance(inner, nn.Linear):
         raise TypeError(
-            f"{op}: model must contain linear layers, got a bare {type(model).__name__}; "
+            f"{op}: model must contain linear layers, got a bare {type(inner).__name__}; "
             "use FusedLoRALinear.from_linear"
         )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside DataParallel, DistributedDataParallel and torch.compile."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]
+        else:
+            return model
 
 
 def check_uninjected(op: str, model: nn.Module) -> None:
@@ -155,6 +192,11 @@ def check_uninjected(op: str, model: nn.Module) -> None:
         raise ValueError(
             f"{op}: model must have no adapters, got {len(layers)} fused layers, "
             f"first {next(iter(layers))!r}; eject it first"
+        )
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        # its reducer knows the parameters of its start only: adapters would differ between processes
+        raise ValueError(
+            f"{op}: model must not be in DistributedDataParallel yet, got one that is; wrap it afterwards"
         )
     for name, module in named_modules(model):
         if type(module).__module__.partition(".")[0] == "peft":

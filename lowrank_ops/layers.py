@@ -24,7 +24,7 @@ class FusedLoRALinear(nn.Module):
 
     While merged, the forward pass is the base layer alone, in training mode too: no dropout, and the adapter
     gets no gradient. ``state_dict`` always describes the unmerged layer, merged or not, so that it loads into
-    a fresh one; a merged layer refuses ``load_state_dict``.
+    a fresh one. ``load_state_dict`` loads it into a merged layer too, and merges it again.
     """
 
     def __init__(self, base: nn.Linear, adapter: Adapter, config: LoRAConfig) -> None:
@@ -40,10 +40,15 @@ class FusedLoRALinear(nn.Module):
         self.peft_fields: dict[str, Any] = {}
         # the weight before merging; in a tuple, or nn.Module would register a Parameter
         self._original: tuple[Tensor] | None = None
+        # where load_state_dict collects its errors, while it loads into a merged layer
+        self._load_errors: list[str] | None = None
         self.register_state_dict_post_hook(_save_original_weight)
+        self.register_load_state_dict_post_hook(_merge_again)
         self.train(base.training)
 
     @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def from_linear(cls, linear: nn.Linear, config: LoRAConfig, *, name: str = "") -> "FusedLoRALinear":
         """Put an adapter beside ``linear``, which is frozen and kept, not copied.
 
@@ -81,6 +86,7 @@ class FusedLoRALinear(nn.Module):
         """Whether the base weight holds the update."""
         return self._original is not None
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def merge(self, *, name: str = "weight") -> None:
         """Put the update into the base weight: W + scale · B A in float32, or float64, rounded once.
@@ -114,6 +120,8 @@ class FusedLoRALinear(nn.Module):
             self._original = (weight.data if weight.is_meta else weight.data.cpu(),)
             weight.data = merged
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Put the original base weight back, bit for bit. An unmerged layer is left alone."""
         if self._original is None:
@@ -153,10 +161,11 @@ class FusedLoRALinear(nn.Module):
             f"dropout={self.dropout_p:g}, impl={self.impl}, merged={self.merged}"
         )
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self.merged:
-            raise RuntimeError("load_state_dict: the layer must not be merged, got merged; unmerge it first")
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, *args: Any) -> None:
+        # base and adapter are loaded next, and _merge_again runs after them
+        self._load_errors = args[-1] if self.merged else None
+        self.unmerge()
+        super()._load_from_state_dict(*args)
 
 
 def _save_original_weight(
@@ -165,6 +174,17 @@ def _save_original_weight(
     key = f"{prefix}base.weight"
     if layer._original is not None and key in state:
         state[key] = layer._original[0].detach()
+
+
+def _merge_again(layer: FusedLoRALinear, incompatible_keys: Any) -> None:
+    errors, layer._load_errors = layer._load_errors, None
+    if errors is None:
+        return
+    try:
+        layer.merge()
+    except ValueError as error:
+        # an exception here would leave the modules that come after unloaded
+        errors.append(f"{error}; the layer is now unmerged")
 
 
 def check_config(op: str, config: object) -> None:
@@ -193,10 +213,26 @@ def check_linear(op: str, name: str, module: object) -> None:
 def check_unhooked(op: str, name: str, module: nn.Module) -> None:
     """Raise if something hangs on the forward or backward pass of ``module``, which we replace."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    # accelerate's hook only moves inputs to the device of the weight, which block-level hooks do as well
+    if any(getattr(hook, "offload", False) for hook in _accelerate_hooks(module)):
+        raise ValueError(
+            f"{op}: {name} must hold its weight, got one that accelerate offloads; "
+            "load the model with a device_map without cpu and disk"
+        )
+    # what is left of accelerate's hooks moves inputs to the weight's device, as the hook of the block around
+    # it does too; only a layer with an entry of its own in device_map, as a head, has no such block
     has_own_forward = "forward" in vars(module) and not hasattr(module, "_hf_hook")
     if has_own_forward or any(getattr(module, kind) for kind in kinds):
         raise ValueError(
             f"{op}: {name} must have no hooks and no forward of its own, got some; "
             "add them to the fused layer, which does not call what it replaces"
         )
+
+
+def _accelerate_hooks(module: nn.Module) -> list[object]:
+    found, stack = [], [getattr(module, "_hf_hook", None)]
+    while stack:
+        hook = stack.pop()
+        # a SequentialHook holds others
+        stack.extend(getattr(hook, "hooks", ()))
+        found.append(hook)
+    return found

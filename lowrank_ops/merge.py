@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 from torch import nn
 
-from .inject import fused_layers, replace_modules
+from .inject import fused_layers, note_shared_weights, replace_modules, unwrapped
 from .layers import FusedLoRALinear
 
 __all__ = ["eject", "merge", "unmerge"]
@@ -22,8 +22,12 @@ def merge(model: nn.Module) -> nn.Module:
 
     Memory: the original weights move to host memory until ``unmerge`` or ``eject``, N·K numbers a layer. A
         weight that another module shares stays where it is, and the layer gets its own.
+
+    Note: ``eject`` before ``save_pretrained``. A merged model is still an injected one, whose ``state_dict``
+        holds the unmerged weights, under names with "base" in them, and the adapters.
     """
     layers = _fused_layers("merge", model)
+    note_shared_weights(unwrapped(model), [layer for layer in layers.values() if not layer.merged])
     with ExitStack() as undo:
         for name, layer in layers.items():
             if not layer.merged:
@@ -68,6 +72,7 @@ def eject(model: nn.Module) -> nn.Module:
 def _fused_layers(op: str, model: nn.Module) -> dict[str, FusedLoRALinear]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model must be an nn.Module, got {type(model).__name__}")
+    model = unwrapped(model)
     layers = fused_layers(model)
     if not layers:
         kind = type(model).__name__

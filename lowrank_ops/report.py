@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .inject import fused_layers
+from .inject import fused_layers, unwrapped
 from .layers import FusedLoRALinear
 
 __all__ = ["Report", "report"]
@@ -59,6 +59,7 @@ def report(model: nn.Module) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: model must be an nn.Module, got {type(model).__name__}")
+    model = unwrapped(model)
     layers = list(fused_layers(model).values())
     parameters = list(model.parameters())
     return Report(

@@ -4,6 +4,7 @@ import copy
 import pickle
 from dataclasses import FrozenInstanceError, asdict, replace
 
+import numpy as np
 import pytest
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -100,3 +101,11 @@ def test_a_layer_takes_the_first_pattern_that_matches():
     assert config.for_layer("layers.0.up_proj").scale == 4 / 16
     assert config.for_layer("lm_head").scale == 8 / 2
     assert not config.for_layer("lm_head").rank_pattern
+
+
+def test_numbers_of_numpy_are_stored_as_those_of_python():
+    options = {"r": np.int64(4), "lora_alpha": np.float32(0.5), "lora_dropout": np.float64(0.25)}
+    config = lo.LoRAConfig(**options, rank_pattern={"q": np.int32(2)})
+    values = (config.r, config.lora_alpha, config.lora_dropout, config.rank_pattern["q"])
+    assert values == (4, 0.5, 0.25, 2)
+    assert [type(value) for value in values] == [int, float, float, int]

@@ -20,6 +20,7 @@ CONFIGS = {
     "LoRAConfig: lora_alpha must be positive and finite, got nan": {"lora_alpha": NAN},
     "LoRAConfig: lora_alpha must be positive and finite, got inf": {"lora_alpha": INF},
     "LoRAConfig: lora_alpha must be positive and finite, got 0": {"lora_alpha": 0},
+    "LoRAConfig: lora_alpha must be positive and finite, got a number that no": {"lora_alpha": 10**400},
     "LoRAConfig: lora_dropout must be in [0, 1), got 1": {"lora_dropout": 1},
     "LoRAConfig: lora_dropout must be in [0, 1), got -0.1": {"lora_dropout": -0.1},
     "LoRAConfig: lora_dropout must be in [0, 1), got nan": {"lora_dropout": NAN},
@@ -89,10 +90,13 @@ def subclassed():
     return model
 
 
-def mamba():
-    model = nn.ModuleDict({"mixer": nn.ModuleDict({"out_proj": nn.Linear(6, 6)})})
-    model.config = type("Config", (), {"model_type": "mamba2"})()
-    return model
+def bypassed(parent, child):
+    kind = type(parent, (nn.ModuleDict,), {})
+    return lambda: nn.ModuleDict({"mixer": kind({child: nn.Linear(6, 6)})})
+
+
+def conv():
+    return nn.Sequential(type("Conv1D", (nn.Module,), {})())
 
 
 def of_two_configs():
@@ -125,7 +129,13 @@ INJECTIONS = {
     f"target '0' must have a weight of {FLOATS}, got Packed of torch.float32": inject(subclassed),
     "target '0' must have no hooks and no forward of its own, got some": inject(overridden),
     "target 'linear1' must be called by its parent, got TransformerEncoderLayer, whose fast": inject(encoder),
-    "target 'mixer.out_proj' must be called by its parent, got a mamba2 model": inject(mamba),
+    "target 'mixer.out_proj' must be called by its parent, got BambaMixer, which reads its weight": inject(
+        bypassed("BambaMixer", "out_proj")
+    ),
+    "target 'mixer.q_proj' must be called by its parent, got WavLMAttention, which": inject(
+        bypassed("WavLMAttention", "q_proj")
+    ),
+    "model must contain an nn.Linear, got a Sequential without one; Conv1D of trans": inject(conv),
     "model must have no adapters, got 2 fused layers, first '0'; eject it first": inject(injected_mlp),
 }
 CALLS = {
@@ -145,6 +155,9 @@ CALLS = {
     "save_adapter: model must contain fused layers, got a Sequential without": save(tiny_mlp),
     "save_adapter: model must hold data, got base_model.model.0.lora_A.weight on meta": save(on_meta),
     "save_adapter: folder must be a directory, got the file": save(injected_mlp, __file__),
+    "save_adapter: folder must be a directory that can be written, got": save(injected_mlp, f"{__file__}/a"),
+    "save_adapter: folder must be a str or a path, got NoneType": save(injected_mlp, None),
+    "load_adapter: folder must be a str or a path, got int": lambda: lo.load_adapter(tiny_mlp(), 3),
     "save_adapter: fused layers must share one config, got 2 different ones": save(of_two_configs),
     "load_adapter: model must contain linear layers, got a bare Linear": (
         lambda: lo.load_adapter(linear(), "")
@@ -157,15 +170,7 @@ CALLS = {
 
 @pytest.mark.parametrize(("message", "call"), CALLS.items(), ids=CALLS)
 def test_a_bad_call_gets_one_sentence(message, call):
-    kinds = (TypeError, ValueError, FileNotFoundError)
+    kinds = (TypeError, ValueError, FileNotFoundError, NotADirectoryError)
     with pytest.raises(kinds, match=f"^{re.escape(message)}") as caught:
         call()
     assert "\n" not in str(caught.value)
-
-
-def test_a_merged_layer_refuses_a_state_dict():
-    model = injected_mlp()
-    state = model.state_dict()
-    lo.merge(model)
-    with pytest.raises(RuntimeError, match="load_state_dict: the layer must not be merged"):
-        model.load_state_dict(state)

@@ -154,3 +154,33 @@ def test_adapters_train_on_after_unmerging():
     model = lo.unmerge(lo.merge(injected_mlp()))
     model(points()).square().sum().backward()
     assert model[0].adapter.a.grad.abs().max() > 0
+
+
+def test_a_head_fused_by_hand_is_merged_beside_the_embedding_it_is_tied_to():
+    model = tiny_llama(tie_word_embeddings=True)
+    before = model.model.embed_tokens.weight.detach().clone()
+    model.lm_head = stir(lo.FusedLoRALinear.from_linear(model.lm_head, lo.LoRAConfig(r=3)))
+    lo.merge(model)
+    assert torch.equal(model.model.embed_tokens.weight, before)
+    assert not torch.equal(model.lm_head.weight, before)
+
+
+def test_a_merged_model_loads_a_state_dict_and_stays_merged():
+    model, other = injected_mlp(), stir(injected_mlp(), seed=9)
+    with torch.no_grad():
+        other[0].weight.add_(1)
+    lo.merge(model).load_state_dict(other.state_dict())
+    assert lo.report(model).merged == 2
+    assert torch.equal(model(points()), lo.merge(other)(points()))
+    for ours, theirs in zip(lo.unmerge(model).parameters(), lo.unmerge(other).parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_state_dict_that_cannot_be_merged_is_loaded_whole_and_named():
+    model = lo.merge(injected_mlp())
+    state = copy.deepcopy(model.state_dict())
+    state["0.adapter.b"].fill_(torch.inf)
+    with pytest.raises(RuntimeError, match="merge: weight must be finite .* the layer is now unmerged"):
+        model.load_state_dict(state)
+    assert [model[0].merged, model[2].merged] == [False, True]
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
