@@ -290,10 +290,15 @@ def pick(
     wide = wide or dtype.itemsize > 2
     if gemm:
         config = _gemm(op, M, dtype, wide and dropout, facts)
+        small = N * K < 2**22
     elif op == "lora_hidden":
         config = _hidden(M, K, R, dtype, wide, dropout, facts)
+        small = K < 2048
     else:
         config = _columns(op, M, K or N, R, dtype, wide, dropout, facts)
+        small = N < 1024 if op == "lora_backward_hidden_b" else K < 2048
+    # in small models the host is the slower part, and cuBLAS takes less of its time to launch
+    config = replace(config, CUBLAS=config.CUBLAS or (small and M > 16))
     return _for_amd(config) if facts.arch.startswith("gfx") else config
 
 
