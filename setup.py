@@ -8,7 +8,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-DEMO = ["transformers>=5.0", "gguf>=0.10", "tqdm", "matplotlib"]
+DEMO = ["accelerate>=1.1", "transformers>=5.0", "gguf>=0.10", "tqdm", "matplotlib"]
 
 setup(
     name="lowrank-ops",
