@@ -165,7 +165,8 @@ def lora_linear(
         ValueError: a shape, device or number does not fit. TypeError: a type or dtype does not.
         RuntimeError: the kernels cannot run here.
 
-    Memory: keeps ``x`` for backward only if ``a`` or ``w`` trains, plus M·R numbers; no mask, no copy of x.
+    Memory: keeps ``x`` for backward only if ``a`` or ``w`` trains, plus M·R numbers; no mask, and no copy
+    of x unless its leading dimensions cannot be seen as one.
     Source: Hu et al. 2021, LoRA, eq. 3 (arXiv:2106.09685).
     """
     op = "lora_linear"
