@@ -2,6 +2,7 @@
 # make demo   fine-tune a real language model        make gpu-bench    time the kernels against their peers
 # make lint   ruff                                   make gpu-profile  one traced training step
 # test, demo and lint make .venv themselves; all they need is Python 3.10 or newer with pip and venv
+# demo takes METHOD=lora or gelora, RANK, STEPS, DROPOUT, DEVICE, TEXT, SEED and OUT: make demo METHOD=gelora
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
@@ -40,7 +41,7 @@ gpu-test:
 	$(PYTHON) -m pytest tests -m gpu -q
 
 gpu-bench:
-	$(PYTHON) -m benchmarks.run lora_linear --out $(or $(OUT),benchmarks/results)
+	$(PYTHON) -m benchmarks.run $(or $(CASE),lora_linear) --out $(or $(OUT),benchmarks/results)
 
 gpu-profile:
 	$(PYTHON) -m benchmarks.profile_step $(if $(OUT),--out $(OUT))

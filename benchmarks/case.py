@@ -1,12 +1,13 @@
 """What a benchmark case declares: its cells, its providers, and the work that none of them can avoid."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["Case", "Cell", "Layer", "Provider", "Work", "dtype_name"]
+__all__ = ["Case", "Cell", "Layer", "Provider", "Work", "dtype_name", "find_provider"]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -44,12 +45,26 @@ class Cell:
 class Layer:
     """A provider bound to one set of inputs.
 
-    ``forward()`` gives y. ``leaves`` are the tensors whose gradients are asked for, keyed by letter, in the
-    order of ``Case.leaves``: their gradients are compared by that letter.
+    ``forward()`` gives y, or several in a tuple, whose gradients then lie in ``dy`` one after the other.
+    ``leaves`` are the tensors whose gradients are asked for, keyed by letter, in the order of
+    ``Case.leaves``: their gradients are compared by that letter.
     """
 
-    forward: Callable[[], Tensor]
+    forward: Callable[[], Tensor | tuple[Tensor, ...]]
     leaves: Mapping[str, Tensor]
+
+    @staticmethod
+    def gradients(y: Tensor | tuple[Tensor, ...], dy: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return ``dy`` as views of the shapes of ``y``."""
+        if isinstance(y, Tensor):
+            return dy
+        parts = dy.split([t.numel() for t in y])
+        return tuple(part.view_as(t) for part, t in zip(parts, y, strict=True))
+
+    @staticmethod
+    def joined(y: Tensor | tuple[Tensor, ...]) -> Tensor:
+        """Return ``y`` as one tensor."""
+        return y if isinstance(y, Tensor) else torch.cat([t.flatten() for t in y])
 
 
 @dataclass(frozen=True)
@@ -107,10 +122,27 @@ class Case:
     expected: Callable[[Cell, dict[str, Tensor]], Tensor]
     work: Callable[[Cell], dict[str, Work]]
 
+    kind: ClassVar[str] = "layer"
+    exact: ClassVar[torch.dtype] = torch.float64
+
+    def baseline(self, cell: Cell, tensors: dict[str, Tensor]) -> Layer:
+        """Return the definition as a layer, in the dtype of ``tensors``."""
+        leaves = {name: tensors[name] for name in self.leaves}
+        return Layer(lambda: self.expected(cell, tensors), leaves)
+
     def provider(self, name: str) -> Provider:
         """Return a provider by name."""
-        for provider in self.providers:
-            if provider.name == name:
-                return provider
-        known = ", ".join(provider.name for provider in self.providers)
-        raise ValueError(f"{self.name}: provider must be one of {known}, got {name}")
+        return find_provider(self.name, self.providers, name)
+
+
+def find_provider(case: str, providers: Sequence[Provider], name: str) -> Provider:
+    """Return the provider of ``case`` with this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for provider in providers:
+        if provider.name == name:
+            return provider
+    known = ", ".join(provider.name for provider in providers)
+    raise ValueError(f"{case}: provider must be one of {known}, got {name}")

@@ -1,44 +1,20 @@
 """One cell from inputs to rows: gate, memory and host time, then all providers' times together."""
 
-import gc
-import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .case import Case, Cell, Provider
-from .gate import FACTOR, Gate
+from .gate import Gate, verdict
+from .isolation import DeviceLost, free, isolated
 from .measure import host_microseconds, kept, launches, peak_mib
-from .timing import Call, Eager, Graphs, Timing, calls_needed, copies_needed, interleave
+from .timing import Call, Eager, Graphs, calls_needed, copies_needed, interleave
 
 __all__ = ["DeviceLost", "Machine", "count_launches", "measure_cell", "new_row"]
 
 _SEED = 17
-
-
-def _failures() -> tuple[type[BaseException], ...]:
-    kinds = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError)
-    kinds += (subprocess.SubprocessError, TypeError, ValueError)
-    try:
-        from triton.errors import TritonError
-    except ImportError:
-        return kinds
-    return (*kinds, TritonError)
-
-
-# what a provider may raise and be written down for; anything else ends the run
-FAILURES = _failures()
-
-
-class DeviceLost(Exception):
-    """The device answers no more after a failure: only a new process can go on. Holds the rows it cost."""
-
-    def __init__(self, rows: list[dict]):
-        super().__init__(rows[0]["reason"])
-        self.rows, self.path = rows, None
 
 
 @dataclass(frozen=True)
@@ -73,40 +49,6 @@ def new_row(cell: Cell, provider: str, status: str, reason: str | None = None) -
     }
 
 
-def _sentence(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:240]}".rstrip(": ")
-
-
-@contextmanager
-def _isolated(rows: list[dict], device: str, fatal: bool = True) -> Iterator[None]:
-    """Write a failure into the rows, as their status if ``fatal`` and else as a note, and go on."""
-    try:
-        yield
-        return
-    except FAILURES as error:
-        reason = _sentence(error)
-    for row in rows:
-        row.update({"status": "failed", "reason": reason} if fatal else {"note": reason})
-    if device == "cuda":
-        try:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            torch.ones(1, device=device).item()
-        except RuntimeError as error:
-            for row in rows:
-                row.update(status="failed", reason=reason)
-            raise DeviceLost(rows) from error
-
-
-def _free(device: str) -> None:
-    gc.collect()
-    if device == "cuda":
-        torch.compiler.reset()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-
-
 def _inputs(case: Case, cell: Cell, l2_bytes: float) -> list[dict[str, Tensor]]:
     generator = torch.Generator(cell.device).manual_seed(_SEED)
     copies = [case.make_inputs(cell, generator)]
@@ -121,12 +63,8 @@ def _calls(cell: Cell, provider: Provider, copies: Sequence[dict[str, Tensor]]) 
 
 def _judge(gate: Gate, provider: Provider, row: dict, floor: str) -> None:
     # the floor computes something else, and is stock PyTorch itself
-    row["gate"] = {} if provider.name == floor else gate.judge(provider)
-    worst = max(row["gate"].items(), key=lambda item: item[1], default=("", 0.0))
-    row["gate"] = {name: ratio if ratio < float("inf") else None for name, ratio in row["gate"].items()}
-    if not worst[1] <= FACTOR:
-        reason = f"error of {worst[0]} is {worst[1]:.2f} x that of unfused PyTorch, at most {FACTOR} passes"
-        row.update(status="wrong", reason=reason)
+    if provider.name != floor:
+        row.update(verdict(gate.judge(provider)))
 
 
 def _measure_memory(call: Call, tensors: dict[str, Tensor], row: dict, device: str) -> None:
@@ -150,7 +88,7 @@ def _time(
     runs: dict[str, Eager | Graphs] = {}
     pool = torch.cuda.graph_pool_handle() if cell.device == "cuda" else None
     for name, unique in calls.items():
-        with _isolated([rows[name]], cell.device):
+        with isolated([rows[name]], cell.device):
             if cell.device == "cuda":
                 repeats = calls_needed(len(unique), floors["fwd"]) // len(unique)
                 runs[name] = Graphs(unique * repeats, pool)
@@ -160,13 +98,8 @@ def _time(
     floor = timings.get(case.floor)
     for name, timing in timings.items():
         for key, values in timing.items():
-            rows[name][key] = _as_columns(values, floor[key] if floor and key in floor else None)
+            rows[name][key] = values.columns(floor[key] if floor and key in floor else None)
         rows[name]["roofline"] = {key: floors[key] / (rows[name][key]["ms"] / 1e3) for key in timing}
-
-
-def _as_columns(timing: Timing, floor: Timing | None) -> dict[str, float | None]:
-    low, median, high = timing.quartiles
-    return {"ms": median, "q1": low, "q3": high, "ratio": timing.ratio(floor) if floor else None}
 
 
 def _measure(
@@ -182,13 +115,13 @@ def _measure(
     calls: dict[str, list[Call]] = {}
     for provider in providers:
         row = rows[provider.name]
-        with _isolated([row], cell.device):
+        with isolated([row], cell.device):
             _judge(gate, provider, row, case.floor)
             if row["status"] == "ok":
                 calls[provider.name] = _calls(cell, provider, copies)
     del gate
     for name, unique in calls.items():
-        with _isolated([rows[name]], cell.device, fatal=False):
+        with isolated([rows[name]], cell.device, fatal=False):
             _measure_memory(unique[0], copies[0], rows[name], cell.device)
     _time(case, cell, calls, rows, machine, seconds)
 
@@ -208,9 +141,9 @@ def measure_cell(
         DeviceLost: a failure left the device unusable.
     """
     rows = {provider.name: new_row(cell, provider.name, "ok") for provider in providers}
-    with _isolated(list(rows.values()), cell.device):
+    with isolated(list(rows.values()), cell.device):
         _measure(case, cell, providers, rows, machine, seconds)
-    _free(cell.device)
+    free(cell.device)
     return list(rows.values())
 
 
@@ -218,7 +151,7 @@ def _profile(case: Case, cell: Cell, rows: dict[str, dict]) -> dict[str, dict[st
     tensors = case.make_inputs(cell, torch.Generator(cell.device).manual_seed(_SEED))
     calls: dict[str, Call] = {}
     for name, row in rows.items():
-        with _isolated([row], cell.device, fatal=False):
+        with isolated([row], cell.device, fatal=False):
             call = _calls(cell, case.provider(name), [tensors])[0]
             call.backward(call.forward())
             calls[name] = call
@@ -233,7 +166,7 @@ def count_launches(case: Case, cell: Cell, rows: dict[str, dict]) -> None:
     wanted = {name: row for name, row in rows.items() if row["status"] == "ok" and row["launches"] is None}
     if not wanted or cell.device != "cuda":
         return
-    with _isolated(list(wanted.values()), cell.device, fatal=False):
+    with isolated(list(wanted.values()), cell.device, fatal=False):
         for name, count in _profile(case, cell, wanted).items():
             wanted[name]["launches"] = count
-    _free(cell.device)
+    free(cell.device)

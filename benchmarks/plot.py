@@ -6,14 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .env import header
+from . import plot_step
+from .figures import COLOURS, MARKERS, save, source
 from .results import load
 
 __all__ = ["main", "plot"]
-
-# Okabe and Ito's colours, which the colour-blind can tell apart; the marker says the same again
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def _select(data: dict, rank: int, tokens: int) -> list[dict]:
@@ -53,17 +50,10 @@ def plot(data: dict, path: Path, rank: int, tokens: int) -> None:
         axis.set_title(f"dropout {dropout_p}", fontsize=10)
         axis.set_xlabel(f"time over the {floor} linear (smaller is better)", fontsize=9)
     title = f"{data['case']}, {what}, {tokens} tokens, r = {rank}"
-    figure.suptitle(f"{title}\n{_source(data)}", fontsize=10)
+    figure.suptitle(f"{title}\n{source(data)}", fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(temporary, dpi=160, format="png")
-    os.replace(temporary, path)
-
-
-def _source(data: dict) -> str:
-    environment = data["environment"]
-    return f"{environment['gpu'] or header(environment).split(',')[0]}, {environment['date']}"
+    save(figure, path)
 
 
 def _panel(axis, rows: list[dict], key: str, shapes: list[tuple], names: list[str]) -> None:
@@ -73,8 +63,8 @@ def _panel(axis, rows: list[dict], key: str, shapes: list[tuple], names: list[st
         axis.scatter(
             [row[key]["ratio"] for row in mine],
             [shapes.index((row["shape"], row["K"], row["N"])) + offset for row in mine],
-            color=_COLOURS[index % len(_COLOURS)],
-            marker=_MARKERS[index % len(_MARKERS)],
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
             s=30,
             label=name,
             zorder=3,
@@ -97,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--out", type=Path, help="default: the file's name with .png")
     parser.add_argument("--rank", type=int, help="default: that of the first row")
-    parser.add_argument("--tokens", type=int, help="default: those of the first row")
+    parser.add_argument("--tokens", type=int, help="default: those of the first row; of steps, all")
     args = parser.parse_args(argv)
     out = args.out or args.file.with_suffix(".png")
     try:
@@ -105,7 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not data["rows"]:
             raise ValueError(f"benchmarks: {args.file} must have rows, got none")
         first = data["rows"][0]
-        plot(data, out, args.rank or first["R"], args.tokens or first["M"])
+        if data.get("kind") == "step":
+            plot_step.plot(data, out, args.rank or first["R"])
+        else:
+            plot(data, out, args.rank or first["R"], args.tokens or first["M"])
     except (OSError, ValueError) as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .case import Case, Cell
 from .env import slug
+from .step_case import StepCase, StepCell
 
 __all__ = ["SCHEMA", "Results", "load", "write_atomic"]
 
@@ -45,7 +46,7 @@ class Results:
         self.path, self.data = path, data
 
     @classmethod
-    def create(cls, folder: Path, case: Case, environment: dict, options: dict) -> "Results":
+    def create(cls, folder: Path, case: Case | StepCase, environment: dict, options: dict) -> "Results":
         """Start ``CASE-GPU-DATE.json`` in ``folder``, with a number added if that name is taken."""
         folder.mkdir(parents=True, exist_ok=True)
         stem = f"{case.name}-{slug(environment)}-{environment['date']}"
@@ -56,6 +57,7 @@ class Results:
         data = {
             "schema": SCHEMA,
             "case": case.name,
+            "kind": case.kind,
             "floor": case.floor,
             "providers": [provider.name for provider in case.providers],
             "environment": environment,
@@ -80,7 +82,7 @@ class Results:
         self.data["rows"].extend(rows)
         self.write()
 
-    def rows(self, cell: Cell) -> dict[str, dict]:
+    def rows(self, cell: Cell | StepCell) -> dict[str, dict]:
         """Return the rows of a cell by provider."""
         wanted = cell.as_row().items()
         return {row["provider"]: row for row in self.data["rows"] if wanted <= row.items()}

@@ -1,79 +1,36 @@
 """``python -m benchmarks.run CASE``: gate, time and write a table and a JSON file.
 
-For each cell (shape, tokens, rank, dropout) the providers are first compared with float64; those that are
-less accurate than 1.5 times unfused PyTorch are reported as wrong and not timed. The results file is
-rewritten after every cell, so that a run that is stopped keeps what it measured.
+For each cell (shape, tokens, rank, dropout) the providers are first compared with float64, whole models with
+float32; those that are less accurate than 1.5 times unfused PyTorch are reported as wrong and not timed. The
+results file is rewritten after every cell, so that a run that is stopped keeps what it measured.
 """
 
 import argparse
 import gc
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from . import cases, table
-from .case import Case, Cell, Provider, dtype_name
+from .case import Case, Cell, Provider
 from .env import environment, header
 from .measure import peaks
 from .measure_cell import DeviceLost, Machine, count_launches, measure_cell, new_row
+from .measure_step import measure_steps
+from .options import Options, chosen_shapes
 from .results import Results, load, write_atomic
+from .step_case import StepCase
 
 __all__ = ["Options", "cells", "main", "run"]
 
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _MAX_RESTARTS = 3
 _LAUNCHES_SHARE = 0.1  # of the budget, kept for counting launches at the end
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What the command line decides. ``None`` stands for the case's own choice."""
-
-    device: str = "cuda"
-    shapes: tuple[str, ...] | None = None
-    ranks: tuple[int, ...] = (16, 64, 8)
-    tokens: tuple[int, ...] = (8192, 2048, 512, 1)
-    dropouts: tuple[float, ...] = (0.0, 0.1)
-    dtype: torch.dtype = torch.bfloat16
-    adapter_dtype: torch.dtype | None = None
-    impl: str | None = None
-    providers: tuple[str, ...] | None = None
-    out: Path = Path("benchmarks/results")
-    seconds: float = 480.0
-    quick: bool = False
-    resume: Path | None = None
-    commit: str | None = None
-
-    def as_json(self) -> dict[str, object]:
-        """Return the options that decide what is measured."""
-        return {
-            "ranks": self.ranks,
-            "tokens": self.tokens,
-            "dropouts": self.dropouts,
-            "dtype": dtype_name(self.dtype),
-            "adapter_dtype": dtype_name(self.adapter_dtype or self.dtype),
-            "quick": self.quick,
-        }
-
-
-def _shapes(case: Case, options: Options) -> dict[str, tuple[int, int]]:
-    known = case.quick_shapes if options.quick and options.device == "cpu" else case.shapes
-    if options.shapes is None:
-        return dict(list(known.items())[:1]) if options.quick and options.device == "cuda" else dict(known)
-    chosen = {}
-    for name in options.shapes:
-        custom = re.fullmatch(r"(\d+)x(\d+)", name)
-        if custom is None and name not in known:
-            raise ValueError(f"benchmarks: shape must be one of {', '.join(known)} or KxN, got {name}")
-        chosen[name] = (int(custom[2]), int(custom[1])) if custom else known[name]
-    return chosen
 
 
 def cells(case: Case, options: Options) -> list[Cell]:
@@ -95,7 +52,7 @@ def cells(case: Case, options: Options) -> list[Cell]:
         )
         for R in options.ranks
         for M in options.tokens
-        for shape, (N, K) in _shapes(case, options).items()
+        for shape, (N, K) in chosen_shapes(case, options).items()
         for dropout_p in options.dropouts
         if M > 1 or dropout_p == 0
     ]
@@ -128,7 +85,7 @@ def _timed_seconds(options: Options, cell_seconds: float) -> float:
     return min(2.5, max(0.3, 0.35 * cell_seconds))
 
 
-def _measure_all(case: Case, options: Options, results: Results, deadline: float) -> None:
+def _measure_layers(case: Case, options: Options, results: Results, deadline: float) -> None:
     machine = _machine(results, options)
     todo = cells(case, options)
     reserve = _LAUNCHES_SHARE * options.seconds
@@ -153,7 +110,7 @@ def _measure_all(case: Case, options: Options, results: Results, deadline: float
             results.write()
 
 
-def run(case: Case, options: Options) -> Path:
+def run(case: Case | StepCase, options: Options) -> Path:
     """Measure a case and return the path of its results file; the table lies beside it as ``.md``.
 
     Raises:
@@ -165,22 +122,23 @@ def run(case: Case, options: Options) -> Path:
         raise RuntimeError("benchmarks: device must be cpu where torch sees no GPU, got cuda")
     for name in options.providers or ():
         case.provider(name)
-    _shapes(case, options)
+    chosen_shapes(case, options)
     deadline = time.monotonic() + options.seconds
     if options.resume:
         results = Results.resume(options.resume)
     else:
         found = environment(options.device, options.commit)
-        results = Results.create(options.out, case, found, options.as_json())
+        results = Results.create(options.out, case, found, options.as_json(case))
     tqdm.write(header(results.data["environment"]), file=sys.stderr)
     try:
-        if options.device == "cuda":
+        if isinstance(case, StepCase):
+            measure_steps(case, options, results, deadline)
+        elif options.device == "cuda":
             # graphs are captured on the stream that all before them ran on, and it can't be the default one
-            previous = torch.cuda.current_stream()
-            torch.cuda.set_stream(torch.cuda.Stream())
-        _measure_all(case, options, results, deadline)
-        if options.device == "cuda":
-            torch.cuda.set_stream(previous)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                _measure_layers(case, options, results, deadline)
+        else:
+            _measure_layers(case, options, results, deadline)
         results.data["complete"] = not any(row["status"] == "skipped" for row in results.data["rows"])
     except DeviceLost as error:
         results.data["rows"].extend(error.rows)
@@ -193,11 +151,32 @@ def run(case: Case, options: Options) -> Path:
     return results.path
 
 
-def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Options]:
+def _defaults(case: Case | StepCase, device: str, quick: bool) -> dict[str, object]:
+    found: dict[str, object] = {"seconds": 60.0} if quick else {}
+    if isinstance(case, StepCase):
+        own = {"ranks": case.ranks, "tokens": (), "dropouts": case.dropouts, "seconds": case.seconds}
+        return own | found
+    if quick:
+        ranks, tokens = ((4,), (32, 1)) if device == "cpu" else ((16,), (8192, 512, 1))
+        found |= {"ranks": ranks, "tokens": tokens}
+    return found
+
+
+def _check_step_flags(args: argparse.Namespace) -> None:
+    for flag, value in (("tokens", args.tokens), ("impl", args.impl)):
+        if value is not None:
+            raise ValueError(f"{args.case}: --{flag} must be left out, got {value}; see --shapes")
+    if args.adapter_dtype != "same":
+        raise ValueError(
+            f"{args.case}: --adapter-dtype must be left out, got {args.adapter_dtype}; providers say it"
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("case", choices=cases.names())
     parser.add_argument("--device", choices=("cuda", "cpu"))
-    parser.add_argument("--shapes", nargs="+", help="names of the case's shapes, or KxN")
+    parser.add_argument("--shapes", nargs="+", help="names, or KxN; of training steps BATCHxLENGTH")
     parser.add_argument("--ranks", nargs="+", type=int)
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--dropout", nargs="+", type=float)
@@ -211,26 +190,34 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Options]:
     parser.add_argument("--resume", type=Path, help="go on with this results file")
     parser.add_argument("--commit", help="commit to record where the sources lie outside git")
     parser.add_argument("--restarts", type=int, default=0, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Options]:
+    args = _parser().parse_args(argv)
+    case = cases.load(args.case)
+    if isinstance(case, StepCase):
+        _check_step_flags(args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    ranks, tokens = Options.ranks, Options.tokens
-    if args.quick:
-        ranks, tokens = ((4,), (32, 1)) if device == "cpu" else ((16,), (8192, 512, 1))
+    given = {
+        "shapes": args.shapes,
+        "ranks": args.ranks,
+        "tokens": args.tokens,
+        "dropouts": args.dropout,
+        "providers": args.providers,
+        "seconds": args.seconds,
+    }
+    given = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items() if v is not None}
     options = Options(
         device=device,
-        shapes=tuple(args.shapes) if args.shapes else None,
-        ranks=tuple(args.ranks or ranks),
-        tokens=tuple(args.tokens or tokens),
-        dropouts=tuple(args.dropout if args.dropout is not None else Options.dropouts),
         dtype=_DTYPES[args.dtype],
         adapter_dtype=None if args.adapter_dtype == "same" else _DTYPES[args.adapter_dtype],
         impl=args.impl,
-        providers=tuple(args.providers) if args.providers else None,
         out=args.out,
-        seconds=args.seconds or (60.0 if args.quick else Options.seconds),
         quick=args.quick,
         resume=args.resume,
         commit=args.commit,
+        **_defaults(case, device, args.quick) | given,
     )
     return args, options
 
@@ -244,9 +231,9 @@ def _restart(argv: Sequence[str], path: Path, restarts: int, seconds: float) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line and return the exit status: 1 where something was wrong or failed."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args, options = _parse(argv)
     begin = time.monotonic()
     try:
+        args, options = _parse(argv)
         path = run(cases.load(args.case), options)
     except DeviceLost as error:
         tqdm.write(f"the device stopped answering: {error}", file=sys.stderr)

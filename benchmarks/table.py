@@ -2,25 +2,17 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from . import table_step
 from .env import header
+from .markdown import NONE, markdown, number
 from .results import load
 
 __all__ = ["compact", "main", "render"]
 
-_NONE = "–"
 _KEYS = ("R", "dropout_p", "dtype", "adapter_dtype")
-
-
-def _number(value: float | None, digits: int = 2, factor: float = 1.0) -> str:
-    return _NONE if value is None else f"{value * factor:.{digits}f}"
-
-
-def _markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _layer(row: dict) -> str:
@@ -29,11 +21,11 @@ def _layer(row: dict) -> str:
 
 def _ratios(row: dict | None, floor: str) -> str:
     if row is None:
-        return _NONE
+        return NONE
     if row["status"] != "ok":
-        return _NONE if row["status"] == "skipped" else row["status"]
+        return NONE if row["status"] == "skipped" else row["status"]
     field, digits = ("ms", 3) if row["provider"] == floor else ("ratio", 2)
-    parts = [_number(row[key][field] if row[key] else None, digits) for key in ("fwd", "both")]
+    parts = [number(row[key][field] if row[key] else None, digits) for key in ("fwd", "both")]
     return " / ".join(parts) + (" ms" if field == "ms" else "")
 
 
@@ -51,14 +43,14 @@ def compact(rows: list[dict], providers: Sequence[str], floor: str) -> str:
     for cell in by_layer.values():
         first = next(iter(cell.values()))
         body.append([_layer(first), *(_ratios(cell.get(name), floor) for name in providers)])
-    return _markdown(["M × K → N", *providers], body)
+    return markdown(["M × K → N", *providers], body)
 
 
 def _details(rows: list[dict]) -> str:
     head = ["M × K → N", "provider", "fwd ms", "bwd ms", "both ms", "quartiles of both or fwd"]
     head += ["fwd ×", "bwd ×", "both ×", "of roofline", "launches", "kept MiB", "keeps x", "peak MiB"]
     head += ["host µs", "worst error ×"]
-    return _markdown(head, [_detail(row) for row in rows if row["status"] != "skipped"])
+    return markdown(head, [_detail(row) for row in rows if row["status"] != "skipped"])
 
 
 def _detail(row: dict) -> list[str]:
@@ -69,20 +61,20 @@ def _detail(row: dict) -> list[str]:
     whole = row["both"] or row["fwd"] or {}
     share = (row["roofline"] or {}).get("both" if row["both"] else "fwd")
     launches = "+".join(str(count) for count in (row["launches"] or {}).values())
-    keeps = {True: "yes", False: "no", None: _NONE}[row["keeps_x"]]
+    keeps = {True: "yes", False: "no", None: NONE}[row["keeps_x"]]
     errors = [ratio for ratio in row["gate"].values() if ratio is not None]
     return [
         *line,
-        *(_number(p.get("ms"), 4) for p in passes),
-        f"{_number(whole.get('q1'), 4)} to {_number(whole.get('q3'), 4)}",
-        *(_number(p.get("ratio"), 3) for p in passes),
-        _NONE if share is None else f"{100 * share:.0f}%",
-        launches or _NONE,
-        _number(row["kept_mib"], 1),
+        *(number(p.get("ms"), 4) for p in passes),
+        f"{number(whole.get('q1'), 4)} to {number(whole.get('q3'), 4)}",
+        *(number(p.get("ratio"), 3) for p in passes),
+        NONE if share is None else f"{100 * share:.0f}%",
+        launches or NONE,
+        number(row["kept_mib"], 1),
         keeps,
-        _number(row["peak_mib"], 0),
-        _number(row["host_us"], 0),
-        _number(max(errors, default=None)),
+        number(row["peak_mib"], 0),
+        number(row["host_us"], 0),
+        number(max(errors, default=None)),
     ]
 
 
@@ -101,6 +93,8 @@ def _title(key: tuple) -> str:
 
 def render(data: dict) -> str:
     """Return the whole results file as Markdown: environment, ratios for each rank, every measured column."""
+    if data.get("kind") == "step":
+        return table_step.render(data)
     peaks, rows = data["peaks"], data["rows"]
     parts = [f"# {data['case']}", header(data["environment"])]
     if peaks:
@@ -149,6 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(render(data | {"rows": rows}))
         return 0
     sys.stdout.write(f"{header(data['environment'])}\n")
+    if data.get("kind") == "step":
+        sys.stdout.write(f"\n{table_step.compact(rows, data['providers'], data['floor'])}\n")
+        return 0
     for key, group in _groups(rows).items():
         sys.stdout.write(f"\n{_title(key)}\n\n{compact(group, data['providers'], data['floor'])}\n")
     return 0

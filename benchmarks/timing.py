@@ -5,7 +5,8 @@ autograd graphs that the first left: so backward is timed by itself, without a d
 and without ``retain_graph``, which compiled layers refuse and which would keep memory alive that
 training frees. A round replays forward then backward of each provider between CUDA events. Both graphs
 run through all copies of the inputs, so that a backward call finds its inputs out of the cache, as in
-training. On a CPU the same rounds run eagerly under ``perf_counter``.
+training. On a CPU the same rounds run eagerly under ``perf_counter``. Whole training steps run eagerly on
+a GPU too, each begun on an idle device: host time is a part of their price.
 """
 
 import gc
@@ -21,7 +22,19 @@ from torch import Tensor
 
 from .case import Layer
 
-__all__ = ["Call", "Eager", "Graphs", "Timing", "copies_needed", "interleave", "synchronize", "time_call"]
+__all__ = [
+    "Call",
+    "Eager",
+    "Graphs",
+    "Step",
+    "Timing",
+    "TrainingCall",
+    "calls_needed",
+    "copies_needed",
+    "interleave",
+    "synchronize",
+    "time_call",
+]
 
 _GRAPH_SECONDS = 1.5e-3  # a graph shorter than this would be timed together with its launch
 _MAX_CALLS = 48
@@ -43,7 +56,19 @@ class Call:
 
     def backward(self, y: Tensor) -> None:
         if self.dy is not None:
-            torch.autograd.grad(y, list(self.layer.leaves.values()), self.dy)
+            torch.autograd.grad(y, list(self.layer.leaves.values()), Layer.gradients(y, self.dy))
+
+
+class TrainingCall(Call):
+    """The same with gradients put where an optimiser finds them."""
+
+    def backward(self, y: Tensor) -> None:
+        y.backward(self.dy)
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients, so that the next step does not add to them."""
+        for leaf in self.layer.leaves.values():
+            leaf.grad = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +86,11 @@ class Timing:
     def ratio(self, floor: "Timing") -> float:
         """Median over rounds of this time over the floor's time in the same round, dimensionless."""
         return statistics.median(mine / its for mine, its in zip(self.rounds, floor.rounds, strict=True))
+
+    def columns(self, floor: "Timing | None") -> dict[str, float | None]:
+        """Return what a row tells of it: median and quartiles, ms, and the ratio to the floor, if any."""
+        low, median, high = self.quartiles
+        return {"ms": median, "q1": low, "q3": high, "ratio": self.ratio(floor) if floor else None}
 
 
 def synchronize(device: str) -> None:
@@ -107,6 +137,28 @@ class Eager:
         for call, y in zip(self.calls, ys, strict=True):
             call.backward(y)
         return [*stamps, stamp()]
+
+
+class Step(Eager):
+    """One training step as a user runs it: eager, begun on an idle device, so that host time counts.
+
+    Gradients are dropped between steps and outside the time. ``host_ms`` holds the host time of each step
+    until its last launch.
+    """
+
+    def __init__(self, call: TrainingCall, device: str):
+        self.device, self.host_ms = device, []
+        super().__init__([call])
+        call.drop_gradients()
+
+    def run(self, stamp: Callable[[], object]) -> list[object]:
+        """Run one step and return stamps from before, between and after the two passes."""
+        synchronize(self.device)
+        begin = time.perf_counter()
+        stamps = super().run(stamp)
+        self.host_ms.append(1e3 * (time.perf_counter() - begin))
+        self.calls[0].drop_gradients()
+        return stamps
 
 
 class Graphs:

@@ -28,7 +28,7 @@ from lowrank_ops.testing import error_ratio
 from .case import Layer
 from .env import environment
 from .gate import FACTOR
-from .measure_cell import FAILURES
+from .isolation import FAILURES
 from .results import write_atomic
 from .timing import Call, Graphs, calls_needed, copies_needed, interleave
 

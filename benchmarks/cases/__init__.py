@@ -4,6 +4,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from ..case import Case
+from ..step_case import StepCase
 
 __all__ = ["load", "names"]
 
@@ -13,7 +14,7 @@ def names() -> list[str]:
     return sorted(module.name for module in iter_modules(__path__))
 
 
-def load(name: str) -> Case:
+def load(name: str) -> Case | StepCase:
     """Return a case by name."""
     if name not in names():
         raise ValueError(f"benchmarks: case must be one of {', '.join(names())}, got {name}")
