@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from demo_compare import Measurement, compare, unfuse
+from demo_gelora import gelora_config
 from demo_model import load_model, load_tokenizer, prepare
 from demo_plot import plot_losses
 from demo_text import split_texts, stdlib_files, tokenise, windows
@@ -61,9 +62,9 @@ def rate(text: str) -> float:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="finetune", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--method", choices=["lora"], default="lora")
+    parser.add_argument("--method", choices=["lora", "gelora"], default="lora")
     parser.add_argument("--steps", type=positive, help="optimiser steps; 30 on a CPU, 200 on a GPU")
-    parser.add_argument("--rank", type=positive, default=16, help="rank of the adapter, 1 to 512")
+    parser.add_argument("--rank", type=positive, default=16, help="rank, 1 to 512; with gelora the mean rank")
     parser.add_argument("--dropout", type=float, default=0.0, help="probability, in [0, 1)")
     parser.add_argument("--lr", type=rate, default=1e-3, help="largest learning rate of AdamW")
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 files to train on")
@@ -221,6 +222,13 @@ def show_lines(lines: dict[str, str]) -> None:
         print(f"{when} training\n{textwrap.indent(line.strip(), '  ')}\n")
 
 
+def adapt(model: nn.Module, tokens: Tensor, config: lo.LoRAConfig, args: argparse.Namespace) -> None:
+    """Put the method's adapters into the model, and say what they are."""
+    if args.method == "gelora":
+        config = gelora_config(model, tokens, config, args.seed, args.out)
+    print(lo.report(lo.inject(model, config)))
+
+
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Do everything that the module's docstring promises and return what was measured."""
     device, config = pick_device(args.device), make_config(args)
@@ -236,9 +244,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
     model = load_model(folder, device, budget.dtype)
     lines = {"before": generate(model, tokenizer, device)}
-    print(lo.report(lo.inject(model, config)))
+    adapt(model, tokens, config, args)
     losses, measured = train(model, tokens, held_out, budget, args)
-    title = f"{folder.name}, rank {args.rank}, {device.type}"
+    title = f"{folder.name}, {args.method}, rank {args.rank}, {device.type}"
     plot_losses(args.out / "loss.png", losses, measured, title, budget.batch * budget.length)
     check_learning(measured[0], measured[budget.steps], budget.steps)
     lines["after"] = generate(model, tokenizer, device)
