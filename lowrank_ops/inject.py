@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from .config import LoRAConfig, pattern_key, selects
+from .layer_group import LayerGroup
 from .layers import FusedLoRALinear, check_config, check_linear
 from .methods import METHODS
+from .siblings import shared_inputs
 
 __all__ = ["inject"]
 
@@ -42,7 +44,9 @@ def inject(model: nn.Module, config: LoRAConfig) -> nn.Module:
     """Put an adapter beside every linear layer that ``config`` targets, in place, and freeze the rest.
 
     A linear layer that the model holds under several names becomes one fused layer under all of them. Only
-    the adapters train afterwards, and the biases that ``config.bias`` names.
+    the adapters train afterwards, and the biases that ``config.bias`` names. Layers that their parent calls
+    on one tensor, as q, k and v of an attention, are linked, to be computed together: see
+    ``FusedLoRALinear.group``.
 
     Args:
         model: a model that contains ``nn.Linear`` layers, on any devices, "meta" too.
@@ -133,9 +137,25 @@ def check_called(op: str, model: nn.Module, targets: Mapping[str, nn.Module]) ->
 
 
 def install(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    """Put fused layers in the places of the modules whose ``id`` is the key; note whose weight is tied."""
+    """Put fused layers in the places of the modules whose ``id`` is the key; note whose weight is tied.
+
+    Layers that their parent calls on one tensor become a group.
+    """
     note_shared_weights(model, [m for m in replacements.values() if isinstance(m, FusedLoRALinear)])
     replace_modules(model, replacements)
+    link_siblings(model)
+
+
+def link_siblings(model: nn.Module) -> None:
+    """Make a group of the fused layers of every parent in ``model`` whose source calls them on one tensor."""
+    for parent in model.modules():
+        fused = {n: m for n, m in parent.named_children() if type(m) is FusedLoRALinear and m.group is None}
+        if len(fused) < 2:
+            continue
+        for names in shared_inputs(type(parent).forward):
+            layers = [fused[name] for name in names if name in fused]
+            if len(layers) > 1:
+                LayerGroup(layers)
 
 
 def note_shared_weights(model: nn.Module, layers: Iterable[FusedLoRALinear]) -> None:
