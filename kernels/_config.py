@@ -75,6 +75,13 @@ class TileConfig:
     num_warps: int = 4
     num_stages: int = 3
 
+    def __post_init__(self) -> None:
+        # a config is part of the key of every launch
+        object.__setattr__(self, "_hash", hash(tuple(vars(self).values())))
+
+    def __hash__(self) -> int:
+        return self._hash
+
     def programs(self, facts: DeviceFacts) -> int:
         """Return the largest number of programs that this config launches."""
         return self.PERSISTENT * facts.processors if self.PERSISTENT else 2**31 - 1
@@ -306,5 +313,20 @@ def pick_for(
     op: str, big: torch.Tensor, small: torch.Tensor, N: int, K: int, R: int, seed: torch.Tensor | None = None
 ) -> TileConfig:
     """Return :func:`pick` for a pass over ``big`` (M, ...) beside an adapter's tensor."""
-    facts, wide = device_facts(big.device), small.dtype != big.dtype
-    return pick(op, big.shape[0], N, K, R, big.dtype, facts, wide=wide, dropout=seed is not None)
+    return _pick_on(big.device, op, big.shape[0], N, K, R, big.dtype, small.dtype, seed is not None)
+
+
+@lru_cache(maxsize=4096)
+def _pick_on(
+    device: torch.device,
+    op: str,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    dtype: torch.dtype,
+    adapters: torch.dtype,
+    dropout: bool,
+) -> TileConfig:
+    wide = adapters != dtype
+    return pick(op, M, N, K, R, dtype, device_facts(device), wide=wide, dropout=dropout)

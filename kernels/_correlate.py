@@ -1,11 +1,14 @@
 """A skinny product along the columns of a big operand: da = dhᵀ drop(x), and db = dyᵀ h."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._config import TileConfig, aligned, block_rank, dot_precision, small_tiles, tl_type
+from ._launch import Launch, launch
 from ._sum_parts import sum_parts
 from ._tiles import dot, keep_tile, wide
 
@@ -60,32 +63,58 @@ def _correlate_kernel(
     tl.store(out_ptrs, result, mask=mask_col[:, None] & mask_r[None, :])
 
 
-def correlate(
-    t: Tensor, factor: Tensor, seed: Tensor | None, threshold: int, out: Tensor, config: TileConfig
-) -> Tensor:
-    """Write ``out = drop(t)ᵀ factor``, (cols, R), strides free; t (rows, cols), factor (rows, R)."""
-    (rows, cols), R = t.shape, factor.shape[1]
-    if out.numel() == 0:
-        return out
-    precision, _ = dot_precision(t.dtype, factor.dtype)
+@lru_cache(maxsize=4096)
+def _shares(
+    rows: int, R: int, dtype: torch.dtype, factors: torch.dtype, reads_rows: bool, config: TileConfig
+) -> tuple[TileConfig, str, int, int, int]:
+    """Return config, PRECISION, BLOCK_R, the rows of one share, and the number of shares."""
+    precision, _ = dot_precision(dtype, factors)
     most_ranks = {"native": 64, "split": 32}.get(precision, 16)
-    if not aligned(t):
-        config, most_ranks = small_tiles(config, t.dtype), 16
+    if not reads_rows:
+        config, most_ranks = small_tiles(config, dtype), 16
     each = triton.cdiv(triton.cdiv(rows, config.SPLIT), config.BLOCK_ROWS) * config.BLOCK_ROWS
-    parts = triton.cdiv(rows, each) if rows else 1
+    return config, precision, block_rank(R, most_ranks), each, triton.cdiv(rows, each) if rows else 1
+
+
+def _prepare(
+    t: Tensor,
+    factor: Tensor,
+    seed: Tensor | None,
+    target: Tensor,
+    stride_ocol: int,
+    stride_or: int,
+    threshold: int,
+    config: TileConfig,
+) -> Launch:
+    (rows, cols), R = t.shape, factor.shape[1]
+    config, precision, BLOCK_R, each, parts = _shares(rows, R, t.dtype, factor.dtype, aligned(t), config)
     acc_type = torch.float64 if t.dtype is torch.float64 else torch.float32
-    # parts lie as the result lies in memory, so that adding them up is a flat sum
-    flat = out if out.is_contiguous() else out.T
-    target = flat if parts == 1 else t.new_empty(parts, *flat.shape, dtype=acc_type)
-    BLOCK_R = block_rank(R, most_ranks)
-    _correlate_kernel[(triton.cdiv(cols, config.BLOCK_COLS), triton.cdiv(R, BLOCK_R), parts)](
+    grid = (triton.cdiv(cols, config.BLOCK_COLS), triton.cdiv(R, BLOCK_R), parts)
+    return Launch.of(_correlate_kernel, grid)(
         t, factor, seed, target,
         rows, cols, R, each, 65536 / (65536 - threshold), threshold,
-        t.stride(0), t.stride(1), factor.stride(0), factor.stride(1), out.stride(0), out.stride(1),
+        t.stride(0), t.stride(1), factor.stride(0), factor.stride(1), stride_ocol, stride_or,
         USE_DROPOUT=seed is not None, PRECISION=precision, ACC_TYPE=tl_type(acc_type),
         BLOCK_ROWS=config.BLOCK_ROWS, BLOCK_COLS=config.BLOCK_COLS, BLOCK_R=BLOCK_R,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+def correlate(
+    t: Tensor, factor: Tensor, seed: Tensor | None, threshold: int, out: Tensor, config: TileConfig
+) -> Tensor:
+    """Write ``out = drop(t)ᵀ factor``, (cols, R), strides free; t (rows, cols), factor (rows, R)."""
+    rows, R, dtype = t.shape[0], factor.shape[1], t.dtype
+    if out.numel() == 0:
+        return out
+    # parts lie as the result lies in memory, so that adding them up is a flat sum
+    flat = out if out.is_contiguous() else out.T
+    parts = _shares(rows, R, dtype, factor.dtype, aligned(t), config)[-1]
+    target = flat
+    if parts > 1:
+        acc_type = torch.float64 if dtype is torch.float64 else torch.float32
+        target = t.new_empty(parts, *flat.shape, dtype=acc_type)
+    launch(_prepare, (t, factor, seed, target), *out.stride(), threshold, config)
     if parts > 1:
         sum_parts((target, flat))
     return out

@@ -1,11 +1,14 @@
 """A skinny product along the rows of a big operand: h = scale·drop(x) aᵀ, and dh = scale·dy b."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._config import TileConfig, aligned, block_rank, dot_precision, small_tiles, tl_type
+from ._launch import Launch, launch
 from ._sum_parts import sum_parts
 from ._tiles import dot, keep_tile, wide
 
@@ -58,31 +61,56 @@ def _project_kernel(
     tl.store(out_ptrs, result, mask=mask_row[:, None] & mask_r[None, :])
 
 
-def project(
-    t: Tensor, factor: Tensor, scale: float, seed: Tensor | None, threshold: int, config: TileConfig
-) -> Tensor:
-    """Return ``scale · drop(t) factorᵀ``, (rows, R), dtype of ``factor``; factor (R, depth)."""
-    (rows, depth), R = t.shape, factor.shape[0]
-    out = factor.new_empty(rows, R)
-    if out.numel() == 0:
-        return out
-    precision, _ = dot_precision(t.dtype, factor.dtype)
+@lru_cache(maxsize=4096)
+def _shares(
+    depth: int, R: int, dtype: torch.dtype, factors: torch.dtype, reads_rows: bool, config: TileConfig
+) -> tuple[TileConfig, str, int, int, int]:
+    """Return config, PRECISION, BLOCK_R, the columns of one share of depth, and the number of shares."""
+    precision, _ = dot_precision(dtype, factors)
     most_ranks = {"native": 64, "split": 32}.get(precision, 16)
-    if not aligned(t):
-        config, most_ranks = small_tiles(config, t.dtype), 16
+    if not reads_rows:
+        config, most_ranks = small_tiles(config, dtype), 16
     each = triton.cdiv(triton.cdiv(depth, config.SPLIT), config.BLOCK_DEPTH) * config.BLOCK_DEPTH
-    parts = triton.cdiv(depth, each) if depth else 1
+    return config, precision, block_rank(R, most_ranks), each, triton.cdiv(depth, each) if depth else 1
+
+
+def _prepare(
+    t: Tensor,
+    factor: Tensor,
+    seed: Tensor | None,
+    out: Tensor,
+    scale: float,
+    threshold: int,
+    config: TileConfig,
+) -> Launch:
+    (rows, depth), R = t.shape, factor.shape[0]
+    config, precision, BLOCK_R, each, parts = _shares(depth, R, t.dtype, factor.dtype, aligned(t), config)
     acc_type = torch.float64 if t.dtype is torch.float64 else torch.float32
-    target = out if parts == 1 else t.new_empty(parts, rows, R, dtype=acc_type)
-    BLOCK_R = block_rank(R, most_ranks)
-    _project_kernel[(triton.cdiv(rows, config.BLOCK_ROWS), triton.cdiv(R, BLOCK_R), parts)](
-        t, factor, seed, target,
+    grid = (triton.cdiv(rows, config.BLOCK_ROWS), triton.cdiv(R, BLOCK_R), parts)
+    return Launch.of(_project_kernel, grid)(
+        t, factor, seed, out,
         rows, depth, R, each, scale * 65536 / (65536 - threshold), threshold,
         t.stride(0), t.stride(1), factor.stride(0), factor.stride(1),
         USE_DROPOUT=seed is not None, PRECISION=precision, ACC_TYPE=tl_type(acc_type),
         BLOCK_ROWS=config.BLOCK_ROWS, BLOCK_DEPTH=config.BLOCK_DEPTH, BLOCK_R=BLOCK_R,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-    if parts > 1:
-        sum_parts((target, out))
+
+
+def project(
+    t: Tensor, factor: Tensor, scale: float, seed: Tensor | None, threshold: int, config: TileConfig
+) -> Tensor:
+    """Return ``scale · drop(t) factorᵀ``, (rows, R), dtype of ``factor``; factor (R, depth)."""
+    (rows, depth), R, dtype = t.shape, factor.shape[0], t.dtype
+    out = factor.new_empty(rows, R)
+    if out.numel() == 0:
+        return out
+    parts = _shares(depth, R, dtype, factor.dtype, aligned(t), config)[-1]
+    if parts == 1:
+        launch(_prepare, (t, factor, seed, out), scale, threshold, config)
+        return out
+    acc_type = torch.float64 if dtype is torch.float64 else torch.float32
+    target = t.new_empty(parts, rows, R, dtype=acc_type)
+    launch(_prepare, (t, factor, seed, target), scale, threshold, config)
+    sum_parts((target, out))
     return out

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._config import tl_type
+from ._launch import Launch, launch
 from ._tiles import add
 
 
@@ -45,16 +46,21 @@ def _sum_parts_kernel(
         _sum_one(parts_ptr, out_ptr, parts, count, block, ACC_TYPE, BLOCK)
 
 
-def sum_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor] | None = None) -> None:
-    """Add up ``(parts, out)``, parts (S, *out.shape), and a second such pair in the same launch."""
-    parts, out = first
-    parts2, out2 = second if second is not None else first
+def _prepare(parts: Tensor, out: Tensor, parts2: Tensor | None, out2: Tensor | None) -> Launch:
     BLOCK = 512
     blocks = triton.cdiv(out.numel(), BLOCK)
-    blocks2 = triton.cdiv(out2.numel(), BLOCK) if second is not None else 0
-    _sum_parts_kernel[(blocks + blocks2,)](
+    has_second = parts2 is not None
+    if not has_second:
+        parts2, out2 = parts, out
+    blocks2 = triton.cdiv(out2.numel(), BLOCK) if has_second else 0
+    return Launch.of(_sum_parts_kernel, (blocks + blocks2,))(
         parts, out, parts.shape[0], out.numel(), blocks,
         parts2, out2, parts2.shape[0], out2.numel(),
-        HAS_SECOND=second is not None, ACC_TYPE=tl_type(parts.dtype), BLOCK=BLOCK,
+        HAS_SECOND=has_second, ACC_TYPE=tl_type(parts.dtype), BLOCK=BLOCK,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+def sum_parts(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor] | None = None) -> None:
+    """Add up ``(parts, out)``, parts (S, *out.shape), and a second such pair in the same launch."""
+    launch(_prepare, (*first, *(second or (None, None))))

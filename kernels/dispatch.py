@@ -3,24 +3,37 @@
 The functions are those of the package, with the same arguments; nothing here measures anything.
 """
 
+from functools import cache, lru_cache
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import lora_backward as triton_backward
-from . import lora_forward as triton_forward
-from ._config import TileConfig, pick_for
+from ._config import TileConfig, device_facts, pick, pick_for
 from ._matmul import extended_matmul
+from .lora_backward import lora_backward_a as triton_a
+from .lora_backward import lora_backward_b as triton_b
+from .lora_backward import lora_backward_hidden as triton_backward_hidden
+from .lora_backward import lora_backward_input as triton_input
 from .lora_backward_hidden_b import lora_backward_hidden_b as triton_hidden_b
+from .lora_forward import drop_threshold
+from .lora_forward import lora_hidden as triton_hidden
+from .lora_group import Passes
+from .nearest_neighbors import nearest_neighbors
 
 __all__ = [
+    "lora_backward",
     "lora_backward_a",
     "lora_backward_b",
     "lora_backward_hidden",
     "lora_backward_hidden_b",
     "lora_backward_input",
     "lora_forward",
+    "lora_group_backward",
+    "lora_group_forward",
     "lora_hidden",
+    "nearest_neighbors",
 ]
 
 ADD_UPDATE = TileConfig(BLOCK_ROWS=32, BLOCK_COLS=128, BLOCK_DEPTH=64, num_stages=1)
@@ -38,12 +51,36 @@ def _add_update(out: Tensor, h: Tensor, b: Tensor, seed: Tensor | None, threshol
     return extended_matmul(None, None, h, b, None, seed, threshold, out, ADD_UPDATE)
 
 
+@cache
+def _hopper(device: torch.device) -> ModuleType | None:
+    """Return the passes made for this device's architecture alone, if there are any."""
+    if device_facts(device).arch != "sm90":
+        return None
+    from . import hopper_lora
+
+    return hopper_lora
+
+
+@lru_cache(maxsize=4096)
+def _is_left(device: torch.device, M: int, K: int, N: int, R: int, dtype: torch.dtype) -> bool:
+    """Whether every product of a layer without dropout, adapters in ``dtype`` too, is left to cuBLAS."""
+    sizes = {
+        "lora_hidden": [(0, K), (0, N)],
+        "lora_forward": [(N, K)],
+        "lora_backward_hidden_b": [(N, 0)],
+        "lora_backward_a": [(0, K), (0, N)],
+        "lora_backward_input": [(N, K)],
+    }
+    facts = device_facts(device)
+    return all(pick(op, M, *size, R, dtype, facts).CUBLAS for op in sizes for size in sizes[op])
+
+
 def lora_hidden(x: Tensor, a: Tensor, scale: float, seed: Tensor | None, dropout_p: float) -> Tensor:
     """See ``kernels.lora_hidden``."""
     config = pick_for("lora_hidden", x, a, 0, x.shape[1], a.shape[0], seed)
     if config.CUBLAS and seed is None and a.dtype == x.dtype:
         return _scaled_mm(x, a.T, scale)
-    return triton_forward.lora_hidden(x, a, scale, seed, dropout_p, config=config)
+    return triton_hidden(x, a, scale, seed, dropout_p, config=config)
 
 
 def lora_forward(
@@ -55,14 +92,30 @@ def lora_forward(
     scale: float,
     seed: Tensor | None,
     dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """See ``kernels.lora_forward``."""
-    config = pick_for("lora_forward", x, a, w.shape[0], x.shape[1], a.shape[0])
+    dtype = x.dtype
+    if seed is None and a.dtype == dtype and _is_left(x.device, *x.shape, *b.shape, dtype):
+        h = _scaled_mm(x, a.T, scale)
+        return F.linear(x, w, bias).addmm_(h, b.T), h, None
+    hopper = _hopper(x.device)
+    if hopper is not None:
+        done = hopper.lora_forward(x, [w], [a], [b], [bias], [scale], seed, dropout_p)
+        if done is not None:
+            return done[0][0], *done[1:]
     h = lora_hidden(x, a, scale, seed, dropout_p)
+    return _output(x, w, h, b, bias), h, None
+
+
+def _output(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    hopper = _hopper(x.device)
+    y = None if hopper is None else hopper.update_matmul(True, x, w, h, b, bias, None, 0.0)
+    if y is not None:
+        return y
+    config = pick_for("lora_forward", x, b, w.shape[0], x.shape[1], b.shape[1])
     if config.CUBLAS:
-        return _add_update(F.linear(x, w, bias), h, b, None, 0), h
-    y = x.new_empty(x.shape[0], w.shape[0])
-    return extended_matmul(x, w, h, b, bias, None, 0, y, config), h
+        return _add_update(F.linear(x, w, bias), h, b, None, 0)
+    return extended_matmul(x, w, h, b, bias, None, 0, x.new_empty(x.shape[0], w.shape[0]), config)
 
 
 def lora_backward_hidden(dy: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -70,7 +123,7 @@ def lora_backward_hidden(dy: Tensor, b: Tensor, scale: float) -> Tensor:
     config = pick_for("lora_hidden", dy, b, 0, dy.shape[1], b.shape[1])
     if config.CUBLAS and b.dtype == dy.dtype:
         return _scaled_mm(dy, b, scale)
-    return triton_backward.lora_backward_hidden(dy, b, scale, config=config)
+    return triton_backward_hidden(dy, b, scale, config=config)
 
 
 def lora_backward_b(dy: Tensor, h: Tensor) -> Tensor:
@@ -78,7 +131,7 @@ def lora_backward_b(dy: Tensor, h: Tensor) -> Tensor:
     config = pick_for("lora_backward_a", dy, h, 0, dy.shape[1], h.shape[1])
     if config.CUBLAS and h.dtype == dy.dtype:
         return dy.T @ h
-    return triton_backward.lora_backward_b(dy, h, config=config)
+    return triton_b(dy, h, config=config)
 
 
 def lora_backward_hidden_b(dy: Tensor, b: Tensor, h: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -94,15 +147,128 @@ def lora_backward_a(dh: Tensor, x: Tensor, seed: Tensor | None, dropout_p: float
     config = pick_for("lora_backward_a", x, dh, 0, x.shape[1], dh.shape[1], seed)
     if config.CUBLAS and seed is None and dh.dtype == x.dtype:
         return dh.T @ x
-    return triton_backward.lora_backward_a(dh, x, seed, dropout_p, config=config)
+    return triton_a(dh, x, seed, dropout_p, config=config)
 
 
 def lora_backward_input(
     dy: Tensor, w: Tensor, dh: Tensor, a: Tensor, seed: Tensor | None, dropout_p: float
 ) -> Tensor:
     """See ``kernels.lora_backward_input``."""
+    hopper = _hopper(dy.device)
+    dx = None if hopper is None else hopper.update_matmul(False, dy, w, dh, a, None, seed, dropout_p)
+    if dx is not None:
+        return dx
     config = pick_for("lora_backward_input", dy, a, dy.shape[1], a.shape[1], a.shape[0], seed)
     if config.CUBLAS:
-        threshold = triton_forward.drop_threshold(dropout_p, seed)
+        threshold = drop_threshold(dropout_p, seed)
         return _add_update(dy @ w, dh, a.T, seed, threshold)
-    return triton_backward.lora_backward_input(dy, w, dh, a, seed, dropout_p, config=config)
+    return triton_input(dy, w, dh, a, seed, dropout_p, config=config)
+
+
+def lora_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    h: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    seed: Tensor | None,
+    dropout_p: float,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """See ``kernels.lora_backward``."""
+    dx = da = db = dh = None
+    if need_x and need_a and need_b and seed is None and a.dtype == dy.dtype:
+        if _is_left(dy.device, *x.shape, *b.shape, dy.dtype):
+            dh = _scaled_mm(dy, b, scale)
+            return torch.mm(dy, w).addmm_(dh, a), torch.mm(dh.T, x), torch.mm(dy.T, h)
+    hopper = _hopper(dy.device)
+    if need_x and hopper is not None:
+        done = hopper.lora_backward([dy], x, [w], [a], [b], h, mask, [scale], seed, dropout_p, need_a, need_b)
+        if done is not None:
+            dx, da, (db,) = done
+            return dx, da, lora_backward_b(dy, h) if need_b and db is None else db
+    if need_b and (need_x or need_a):
+        dh, db = lora_backward_hidden_b(dy, b, h, scale)
+    elif need_b:
+        db = lora_backward_b(dy, h)
+    elif need_x or need_a:
+        dh = lora_backward_hidden(dy, b, scale)
+    if need_x:
+        dx = lora_backward_input(dy, w, dh, a, seed, dropout_p)
+    if need_a:
+        da = lora_backward_a(dh, x, seed, dropout_p)
+    return dx, da, db
+
+
+# a link of the chain without an update is a plain product, where nothing is faster than cuBLAS
+_GROUP = Passes(
+    lora_hidden,
+    _output,
+    lora_backward_hidden,
+    lora_backward_b,
+    lora_backward_hidden_b,
+    lora_backward_a,
+    lora_backward_input,
+    Tensor.addmm_,
+)
+
+
+def lora_group_forward(
+    x: Tensor,
+    ws: list[Tensor],
+    a_list: list[Tensor],
+    b_list: list[Tensor],
+    biases: list[Tensor | None],
+    scales: list[float],
+    seed: Tensor | None,
+    dropout_p: float,
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """See ``kernels.lora_group_forward``."""
+    hopper = _hopper(x.device)
+    if hopper is not None:
+        done = hopper.lora_forward(x, ws, a_list, b_list, biases, scales, seed, dropout_p)
+        if done is not None:
+            return done
+    return _GROUP.forward(x, ws, a_list, b_list, biases, scales, seed, dropout_p)
+
+
+def lora_group_backward(
+    dys: list[Tensor | None],
+    x: Tensor | None,
+    ws: list[Tensor],
+    a_list: list[Tensor],
+    b_list: list[Tensor],
+    h: Tensor | None,
+    mask: Tensor | None,
+    scales: list[float],
+    seed: Tensor | None,
+    dropout_p: float,
+    need_x: bool,
+    need_a: list[bool],
+    need_b: list[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """See ``kernels.lora_group_backward``."""
+    hopper = _hopper(b_list[0].device)
+    if need_x and hopper is not None:
+        done = hopper.lora_backward(
+            dys, x, ws, a_list, b_list, h, mask, scales, seed, dropout_p, any(need_a), any(need_b)
+        )
+        if done is not None:
+            dx, da, dbs = done
+            R = a_list[0].shape[0]
+            das = [None] * len(ws) if da is None else da.split(R)
+            if any(need_b) and dbs[0] is None:
+                dbs = [lora_backward_b(dy, h[:, i * R : i * R + R]) for i, dy in enumerate(dys)]
+            return (
+                dx,
+                [grad if need else None for grad, need in zip(das, need_a, strict=True)],
+                [grad if need else None for grad, need in zip(dbs, need_b, strict=True)],
+            )
+    return _GROUP.backward(
+        dys, x, ws, a_list, b_list, h, mask, scales, seed, dropout_p, need_x, need_a, need_b
+    )

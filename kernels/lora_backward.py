@@ -1,4 +1,4 @@
-"""The backward pass, one launcher a gradient; dh and db together are in lora_backward_hidden_b."""
+"""The backward pass: one launcher a gradient, and all together; dh with db is in lora_backward_hidden_b."""
 
 from torch import Tensor
 
@@ -6,6 +6,7 @@ from ._config import TileConfig, pick_for
 from ._correlate import correlate
 from ._matmul import extended_matmul
 from ._project import project
+from .lora_backward_hidden_b import lora_backward_hidden_b
 from .lora_forward import drop_threshold
 
 
@@ -49,3 +50,36 @@ def lora_backward_input(
     config = config or pick_for("lora_backward_input", dy, a, N, K, R, seed)
     threshold = drop_threshold(dropout_p, seed)
     return extended_matmul(dy, w.T, dh, a.T, None, seed, threshold, dy.new_empty(M, K), config)
+
+
+def lora_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    h: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    seed: Tensor | None,
+    dropout_p: float,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return ``dx``, (M, K), ``da``, (R, K), and ``db``, (N, R), each None unless needed.
+
+    The mask of dropout is made anew from the seed: ``mask`` is not read.
+    """
+    dx = da = db = dh = None
+    if need_b and (need_x or need_a):
+        dh, db = lora_backward_hidden_b(dy, b, h, scale)
+    elif need_b:
+        db = lora_backward_b(dy, h)
+    elif need_x or need_a:
+        dh = lora_backward_hidden(dy, b, scale)
+    if need_x:
+        dx = lora_backward_input(dy, w, dh, a, seed, dropout_p)
+    if need_a:
+        da = lora_backward_a(dh, x, seed, dropout_p)
+    return dx, da, db

@@ -1,11 +1,14 @@
 """dh and db from one read of dy, the same bits every time."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._config import TileConfig, aligned, block_rank, dot_precision, pick_for, small_tiles, tl_type
+from ._launch import Launch, launch
 from ._sum_parts import sum_parts
 from ._tiles import dot, wide
 
@@ -58,32 +61,50 @@ def _lora_backward_hidden_b_kernel(
     tl.store(db_ptrs, (acc + rest).to(db_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_r[None, :])
 
 
+@lru_cache(maxsize=4096)
+def _shares(
+    M: int, N: int, R: int, dtype: torch.dtype, adapters: torch.dtype, reads_rows: bool, config: TileConfig
+) -> tuple[TileConfig, str, int, int, int, int]:
+    """Return config, PRECISION, BLOCK_R, the blocks of columns, the shares of M and the rows of one."""
+    precision, _ = dot_precision(dtype, adapters)
+    most_ranks = 32 if precision == "native" else 16
+    if not reads_rows:
+        config, most_ranks = small_tiles(config, dtype), 16
+    each = triton.cdiv(triton.cdiv(M, config.SPLIT), config.BLOCK_ROWS) * config.BLOCK_ROWS
+    blocks, shares = triton.cdiv(N, config.BLOCK_COLS), triton.cdiv(M, each)
+    return config, precision, block_rank(R, most_ranks), blocks, shares, each
+
+
+def _prepare(
+    dy: Tensor, b: Tensor, h: Tensor, dh_parts: Tensor, db_parts: Tensor, scale: float, config: TileConfig
+) -> Launch:
+    (M, N), R = dy.shape, b.shape[1]
+    config, precision, BLOCK_R, blocks, shares, each = _shares(
+        M, N, R, dy.dtype, b.dtype, aligned(dy), config
+    )
+    return Launch.of(_lora_backward_hidden_b_kernel, (blocks, triton.cdiv(R, BLOCK_R), shares))(
+        dy, b, h, dh_parts, db_parts,
+        M, N, R, each, float(scale),
+        dy.stride(0), dy.stride(1), b.stride(0), b.stride(1), h.stride(0), h.stride(1),
+        PRECISION=precision, ACC_TYPE=tl_type(dh_parts.dtype),
+        BLOCK_M=config.BLOCK_ROWS, BLOCK_N=config.BLOCK_COLS, BLOCK_R=BLOCK_R,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
 def lora_backward_hidden_b(
     dy: Tensor, b: Tensor, h: Tensor, scale: float, *, config: TileConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return ``dh = scale · dy b``, (M, R), and ``db = dyᵀ h``, (N, R), dtype of ``b``; dy is read once."""
-    (M, N), R = dy.shape, b.shape[1]
+    (M, N), R, dtype = dy.shape, b.shape[1], dy.dtype
     dh, db = b.new_empty(M, R), b.new_empty(N, R)
     if M == 0 or N == 0:
         return dh.zero_(), db.zero_()
     config = config or pick_for("lora_backward_hidden_b", dy, b, N, 0, R)
-    precision, _ = dot_precision(dy.dtype, b.dtype)
-    most_ranks = 32 if precision == "native" else 16
-    if not aligned(dy):
-        config, most_ranks = small_tiles(config, dy.dtype), 16
-    each = triton.cdiv(triton.cdiv(M, config.SPLIT), config.BLOCK_ROWS) * config.BLOCK_ROWS
-    blocks, shares = triton.cdiv(N, config.BLOCK_COLS), triton.cdiv(M, each)
-    acc_type = torch.float64 if dy.dtype is torch.float64 else torch.float32
+    *_, blocks, shares, _ = _shares(M, N, R, dtype, b.dtype, aligned(dy), config)
+    acc_type = torch.float64 if dtype is torch.float64 else torch.float32
     dh_parts = dy.new_empty(blocks, M, R, dtype=acc_type)
     db_parts = dy.new_empty(shares, N, R, dtype=acc_type)
-    BLOCK_R = block_rank(R, most_ranks)
-    _lora_backward_hidden_b_kernel[(blocks, triton.cdiv(R, BLOCK_R), shares)](
-        dy, b, h, dh_parts, db_parts,
-        M, N, R, each, scale,
-        dy.stride(0), dy.stride(1), b.stride(0), b.stride(1), h.stride(0), h.stride(1),
-        PRECISION=precision, ACC_TYPE=tl_type(acc_type),
-        BLOCK_M=config.BLOCK_ROWS, BLOCK_N=config.BLOCK_COLS, BLOCK_R=BLOCK_R,
-        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    launch(_prepare, (dy, b, h, dh_parts, db_parts), scale, config)
     sum_parts((dh_parts, dh), (db_parts, db))
     return dh, db

@@ -38,9 +38,9 @@ def lora_forward(
     dropout_p: float,
     *,
     config: TileConfig | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return ``y = x wᵀ + h bᵀ + bias``, (M, N), and ``h = scale · drop(x) aᵀ``, (M, R)."""
+) -> tuple[Tensor, Tensor, None]:
+    """Return ``y = x wᵀ + h bᵀ + bias``, (M, N), ``h = scale · drop(x) aᵀ``, (M, R), and no mask."""
     (M, K), (N, R) = x.shape, b.shape
     h = lora_hidden(x, a, scale, seed, dropout_p)
     config = config or pick_for("lora_forward", x, a, N, K, R)
-    return extended_matmul(x, w, h, b, bias, None, 0, x.new_empty(M, N), config), h
+    return extended_matmul(x, w, h, b, bias, None, 0, x.new_empty(M, N), config), h, None

@@ -5,17 +5,19 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import reference
-from .ops._library import register
-from .ops.lora_linear import LoRALinearFunction
+from .ops._library import is_traced, register
+from .ops.lora_linear import LoRALinearFunction, Options
 
-__all__ = ["lora_linear"]
+__all__ = ["lora_linear", "nearest_neighbors"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _IMPLS = ("auto", "triton", "reference")
 _MAX_RANK = 512
 _LARGEST = 3.4e38  # float32's
+_PLAIN = (Tensor, Parameter)
 
 
 @cache
@@ -34,28 +36,30 @@ def _implementation(name: str) -> ModuleType:
 _LIBRARY = register(_implementation)
 
 
-def _pick_impl(op: str, impl: str, x: Tensor) -> str:
+def _pick_impl(op: str, impl: str, x: Tensor) -> tuple[str, ModuleType | None]:
+    """Return the name of the implementation, and it, or None where the library's ops must stand for it."""
     if impl == "auto" and not (x.is_cuda and x.dtype is not torch.float64):
         impl = "reference"
-    if impl == "reference" or torch.compiler.is_compiling():
-        return impl
+    if torch.compiler.is_compiling():
+        return impl, None
     try:
-        kernels = _implementation("triton")
+        module = _implementation(impl)
     except ImportError as error:
         raise RuntimeError(
             f'{op}: impl must be "reference" where Triton is not installed, got "triton"; pip install triton'
         ) from error
-    if not x.is_cuda and x.device.type != "meta" and not kernels.INTERPRETED:
-        raise RuntimeError(
-            f'{op}: impl must be "auto" or "reference" for a tensor on {x.device.type}, got "triton"; '
-            "the kernels run on a GPU, or anywhere under TRITON_INTERPRET=1"
-        )
-    if x.dtype is torch.float64 and not kernels.INTERPRETED:
-        raise TypeError(
-            f'{op}: x must be float16, bfloat16 or float32 for impl="triton", got torch.float64; '
-            'impl="reference" takes it'
-        )
-    return impl
+    if impl == "triton" and not module.INTERPRETED:
+        if not x.is_cuda and x.device.type != "meta":
+            raise RuntimeError(
+                f'{op}: impl must be "auto" or "reference" for a tensor on {x.device.type}, got "triton"; '
+                "the kernels run on a GPU, or anywhere under TRITON_INTERPRET=1"
+            )
+        if x.dtype is torch.float64:
+            raise TypeError(
+                f'{op}: x must be float16, bfloat16 or float32 for impl="triton", got torch.float64; '
+                'impl="reference" takes it'
+            )
+    return impl, None if is_traced(x) else module
 
 
 def _check_tensor(
@@ -69,12 +73,12 @@ def _check_tensor(
         raise ValueError(f"{op}: {name} must be on the device of x, {like.device}, got {value.device}")
 
 
-def _check_options(op: str, scale: float, dropout_p: float, impl: str) -> None:
-    for name, value in (("scale", scale), ("dropout_p", dropout_p)):
+def _check_options(op: str, scale: float, dropout_p: float, impl: str, spelled: str = "scale") -> None:
+    for name, value in ((spelled, scale), ("dropout_p", dropout_p)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     if not -_LARGEST <= scale <= _LARGEST:
-        raise ValueError(f"{op}: scale must be finite in float32, got {str(scale)[:24]}")
+        raise ValueError(f"{op}: {spelled} must be finite in float32, got {str(scale)[:24]}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
     if impl not in _IMPLS:
@@ -102,23 +106,50 @@ def _check_shapes(op: str, x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Ten
 
 
 def _check_dtypes(op: str, x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"{op}: x must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    if w.dtype != x.dtype:
-        raise TypeError(f"{op}: w must have the dtype of x, {x.dtype}, got {w.dtype}; cast x or use autocast")
-    if bias is not None and bias.dtype != x.dtype:
-        raise TypeError(f"{op}: bias must have the dtype of x, {x.dtype}, got {bias.dtype}")
-    if a.dtype != x.dtype and (a.dtype is not torch.float32 or x.dtype is torch.float64):
-        raise TypeError(f"{op}: a must have the dtype of x, {x.dtype}, or float32, got {a.dtype}")
-    if b.dtype != a.dtype:
-        raise TypeError(f"{op}: b must have the dtype of a, {a.dtype}, got {b.dtype}")
+    dtype, adapters = x.dtype, a.dtype
+    if dtype not in _DTYPES:
+        raise TypeError(f"{op}: x must be float16, bfloat16, float32 or float64, got {dtype}")
+    if w.dtype != dtype:
+        raise TypeError(f"{op}: w must have the dtype of x, {dtype}, got {w.dtype}; cast x or use autocast")
+    if bias is not None and bias.dtype != dtype:
+        raise TypeError(f"{op}: bias must have the dtype of x, {dtype}, got {bias.dtype}")
+    if adapters != dtype and (adapters is not torch.float32 or dtype is torch.float64):
+        raise TypeError(f"{op}: a must have the dtype of x, {dtype}, or float32, got {adapters}")
+    if b.dtype != adapters:
+        raise TypeError(f"{op}: b must have the dtype of a, {adapters}, got {b.dtype}")
+
+
+def _fits(
+    x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float, dropout_p: float
+) -> bool:
+    """Whether everything is plainly as it should be; where not, the checks above say what is wrong, if it is.
+
+    One look at each property, because they take as long as a launch otherwise.
+    """
+    if not (type(scale) is float and type(dropout_p) is float and 0 <= dropout_p < 1):
+        return False
+    for t in (x, w, a, b):
+        if type(t) not in _PLAIN:
+            return False
+    size, size_w, size_a, size_b = x.shape, w.shape, a.shape, b.shape
+    if not (size and len(size_w) == len(size_a) == len(size_b) == 2):
+        return False
+    (N, K), (R, columns), device = size_w, size_a, x.device
+    return (
+        size[-1] == K == columns
+        and size_b == (N, R)
+        and 1 <= R <= _MAX_RANK
+        and -_LARGEST <= scale <= _LARGEST
+        and device == w.device == a.device == b.device
+        and (bias is None or (type(bias) in _PLAIN and bias.shape == (N,) and bias.device == device))
+    )
 
 
 def _autocast(
-    x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None
+    kind: str, x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Cast as autocast casts for a linear layer; float32 adapters stay: the kernels take them as they are."""
-    dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = torch.get_autocast_dtype(kind)
     if not x.is_floating_point() or x.dtype is torch.float64:
         return x, w, a, b, bias
     if a.dtype is not torch.float32 or b.dtype is not torch.float32:
@@ -170,15 +201,36 @@ def lora_linear(
     Source: Hu et al. 2021, LoRA, eq. 3 (arXiv:2106.09685).
     """
     op = "lora_linear"
-    _check_options(op, scale, dropout_p, impl)
-    _check_shapes(op, x, w, a, b, bias)
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        x, w, a, b, bias = _autocast(x, w, a, b, bias)
+    if impl not in _IMPLS or not _fits(x, w, a, b, bias, scale, dropout_p):
+        _check_options(op, scale, dropout_p, impl)
+        _check_shapes(op, x, w, a, b, bias)
+        scale, dropout_p = float(scale), float(dropout_p)
+    kind = "cuda" if x.is_cuda else x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        x, w, a, b, bias = _autocast(kind, x, w, a, b, bias)
     _check_dtypes(op, x, w, a, b, bias)
-    impl = _pick_impl(op, impl, x)
+    impl, module = _pick_impl(op, impl, x)
     seed = None
     if dropout_p > 0:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    options = Options(scale, dropout_p, impl, module)
+    if module is not None:
+        return LoRALinearFunction.apply(x, w, a, b, bias, seed, options)
+    # a compiler is better served by views of its own
     rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
-    y = LoRALinearFunction.apply(rows, w, a, b, bias, seed, scale, dropout_p, impl)
+    y = LoRALinearFunction.apply(rows, w, a, b, bias, seed, options)
     return y.view(*x.shape[:-1], w.shape[0])
+
+
+def nearest_neighbors(points: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """Return the distances from each of ``points``, (M, K), to its nearest and second nearest other, (M,).
+
+    As ``torch.cdist(points, points).topk(3, largest=False).values[:, 1:]``, without the (M, M) matrix. The
+    points must be floating and finite, M ≥ 3: ``gelora.intrinsic_dimension`` checks it. Distances are float32
+    with a relative error below 2⁻¹⁶, near-duplicates included, or float64 for float64 points; zero between
+    exact duplicates. Two runs give the same bits.
+
+    Memory: 2 M·K bytes on a GPU; on a CPU blocks of 2²⁴ distances.
+    """
+    _, module = _pick_impl("nearest_neighbors", impl, points)
+    return (module or reference).nearest_neighbors(points)

@@ -8,7 +8,9 @@ from torch.nn import functional as F
 
 from .config import LoRAConfig
 from .functional import lora_linear
+from .layer_group import LayerGroup
 from .methods import METHODS, Adapter
+from .methods.base import parameter
 
 __all__ = ["FusedLoRALinear"]
 
@@ -25,7 +27,13 @@ class FusedLoRALinear(nn.Module):
     While merged, the forward pass is the base layer alone, in training mode too: no dropout, and the adapter
     gets no gradient. ``state_dict`` always describes the unmerged layer, merged or not, so that it loads into
     a fresh one. ``load_state_dict`` loads it into a merged layer too, and merges it again.
+
+    ``group`` links the layers whose parent calls them on one tensor, as q, k and v: ``inject`` sets it, and
+    the first of them, when it is called, computes all, reading x once. Set it to None to compute alone.
     """
+
+    group: LayerGroup | None = None
+    group_place = 0
 
     def __init__(self, base: nn.Linear, adapter: Adapter, config: LoRAConfig) -> None:
         super().__init__()
@@ -74,12 +82,15 @@ class FusedLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (..., N) for x (..., K), in the dtype of x."""
-        base = self.base
+        base, adapter = self._modules["base"], self._modules["adapter"]
+        w, bias = parameter(base, "weight"), parameter(base, "bias")
         if self._original is not None:
-            return F.linear(x, base.weight, base.bias)
-        a, b, scale = self.adapter.factors(base.weight)
+            return F.linear(x, w, bias)
+        if self.group is not None and (y := self.group.output(self, x)) is not None:
+            return y
+        a, b, scale = adapter.factors(w)
         dropout_p = self.dropout_p if self.training else 0.0
-        return lora_linear(x, base.weight, a, b, base.bias, scale=scale, dropout_p=dropout_p, impl=self.impl)
+        return lora_linear(x, w, a, b, bias, scale=scale, dropout_p=dropout_p, impl=self.impl)
 
     @property
     def merged(self) -> bool:
@@ -160,6 +171,11 @@ class FusedLoRALinear(nn.Module):
             f"method={adapter.name}, rank={adapter.rank}, scale={adapter.scale:g}, "
             f"dropout={self.dropout_p:g}, impl={self.impl}, merged={self.merged}"
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.group is not None:
+            self.group.join(self)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         # base and adapter are loaded next, and _merge_again runs after them

@@ -13,13 +13,17 @@ from torch import Tensor
 __all__ = [
     "dropout_keep",
     "keep_threshold",
+    "lora_backward",
     "lora_backward_a",
     "lora_backward_b",
     "lora_backward_hidden",
     "lora_backward_hidden_b",
     "lora_backward_input",
     "lora_forward",
+    "lora_group_backward",
+    "lora_group_forward",
     "lora_hidden",
+    "nearest_neighbors",
     "philox",
 ]
 
@@ -93,13 +97,40 @@ def lora_forward(
     scale: float,
     seed: Tensor | None,
     dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return ``y = x wᵀ + h bᵀ + bias``, (M, N), dtype of ``x``, and ``h = scale · drop(x) aᵀ``, (M, R).
 
+    The third value is what an implementation keeps of its dropout mask for :func:`lora_backward`; None here.
     Source: Hu et al. 2021, LoRA, eq. 3 (arXiv:2106.09685).
     """
     h = lora_hidden(x, a, scale, seed, dropout_p)
-    return (F.linear(x, w, bias) + h @ b.T).to(x.dtype), h
+    return (F.linear(x, w, bias) + h @ b.T).to(x.dtype), h, None
+
+
+def lora_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    h: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    seed: Tensor | None,
+    dropout_p: float,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return ``dx``, (M, K), ``da``, (R, K), and ``db``, (N, R), each None unless needed.
+
+    ``h`` and ``mask`` are what :func:`lora_forward` returned. dx needs w, a and b; da needs x and b; db
+    needs h: what is not needed may be None.
+    """
+    dh = lora_backward_hidden(dy, b, scale) if need_x or need_a else None
+    dx = lora_backward_input(dy, w, dh, a, seed, dropout_p) if need_x else None
+    da = lora_backward_a(dh, x, seed, dropout_p) if need_a else None
+    return dx, da, lora_backward_b(dy, h) if need_b else None
 
 
 def lora_backward_hidden(dy: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -127,3 +158,84 @@ def lora_backward_input(
 ) -> Tensor:
     """Return ``dx = dy w + drop(dh a)``, (M, K), dtype of ``dy``, with the mask of the forward pass."""
     return dy @ w + _drop(dh @ a, seed, dropout_p).to(dy.dtype)
+
+
+def nearest_neighbors(points: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the distances from each of ``points``, (M, K), to its nearest and second nearest other, (M,).
+
+    By differences, so that near-duplicates lose nothing; float32, or float64 for float64 points. M ≥ 3.
+    Memory: a copy of the points, and blocks of 2²⁴ distances.
+    """
+    points, M = points.to(torch.promote_types(points.dtype, torch.float32)), points.shape[0]
+    # coordinates near 1, by a power of two: else squares of very large or small ones leave float32
+    _, exponent = torch.frexp(points.abs().max())
+    exponent = exponent.clamp(-126, 126)
+    points = torch.ldexp(points, -exponent)
+    nearest = []
+    for rows in torch.arange(M, device=points.device).split(max(1, 2**24 // M)):
+        block = torch.cdist(points[rows], points, compute_mode="donot_use_mm_for_euclid_dist")
+        block[torch.arange(rows.numel(), device=rows.device), rows] = torch.inf
+        nearest.append(block.topk(2, dim=1, largest=False).values)
+    first, second = torch.ldexp(torch.cat(nearest), exponent).unbind(1)
+    return first, second
+
+
+def lora_group_forward(
+    x: Tensor,
+    ws: list[Tensor],
+    a_list: list[Tensor],
+    b_list: list[Tensor],
+    biases: list[Tensor | None],
+    scales: list[float],
+    seed: Tensor | None,
+    dropout_p: float,
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """Return ``y = x wᵀ + h bᵀ + bias``, (M, N), of several projections of one x, and every h side by side.
+
+    A list holds one entry a projection. All see x under one dropout mask; h is (M, sum of R), dtype of a. The
+    third value is what an implementation keeps of its mask for :func:`lora_group_backward`; None here.
+    """
+    dropped = _drop(x.to(a_list[0].dtype), seed, dropout_p)
+    hs = [scale * (dropped @ a.T) for a, scale in zip(a_list, scales, strict=True)]
+    each = zip(hs, ws, b_list, biases, strict=True)
+    ys = [(F.linear(x, w, bias) + h @ b.T).to(x.dtype) for h, w, b, bias in each]
+    return ys, torch.cat(hs, 1), None
+
+
+def lora_group_backward(
+    dys: list[Tensor | None],
+    x: Tensor | None,
+    ws: list[Tensor],
+    a_list: list[Tensor],
+    b_list: list[Tensor],
+    h: Tensor | None,
+    mask: Tensor | None,
+    scales: list[float],
+    seed: Tensor | None,
+    dropout_p: float,
+    need_x: bool,
+    need_a: list[bool],
+    need_b: list[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Return ``dx = sum of dy w + drop(sum of dh a)``, (M, K), all ``da`` and all ``db``; None if not needed.
+
+    A dy may be None, for a y that nobody used: its da and db must not be needed then. ``h`` and ``mask`` are
+    what :func:`lora_group_forward` returned. dx needs ws and a_list, any da x, any db h: what is not needed
+    may be None, or an empty list. Tensors of one list may share their memory's owner, but no memory.
+    """
+    used = [dy is not None and (need_x or need) for dy, need in zip(dys, need_a, strict=True)]
+    each = zip(dys, b_list, scales, used, strict=True)
+    dhs = [lora_backward_hidden(dy, b, scale) if use else None for dy, b, scale, use in each]
+    dx, das, dbs = None, [None] * len(dys), [None] * len(dys)
+    if need_x:
+        first, *rest = (dy @ w for dy, w in zip(dys, ws, strict=True) if dy is not None)
+        dh, a = zip(*[pair for pair in zip(dhs, a_list, strict=True) if pair[0] is not None], strict=True)
+        update = _drop(torch.cat(dh, 1) @ torch.cat(a), seed, dropout_p).to(first.dtype)
+        dx = sum(rest, first) + update
+    if any(need_a):
+        dropped = _drop(x.to(b_list[0].dtype), seed, dropout_p)
+        das = [dh.T @ dropped if need else None for dh, need in zip(dhs, need_a, strict=True)]
+    if any(need_b):
+        hs = h.split([b.shape[1] for b in b_list], 1)
+        dbs = [lora_backward_b(*pair) if need else None for *pair, need in zip(dys, hs, need_b, strict=True)]
+    return dx, das, dbs

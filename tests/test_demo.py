@@ -69,6 +69,22 @@ def test_the_demo_learns_reloads_and_writes_its_results(tiny_model, texts, tmp_p
         assert promised in printed
 
 
+def test_the_demo_takes_ranks_from_geometry(tiny_model, texts, tmp_path, capsys):
+    out = tmp_path / "out"
+    demo(
+        "--method", "gelora", "--model", tiny_model, "--steps", 4, "--rank", 4, "--out", out, "--text", *texts
+    )
+    assert "parameters in 8 matrices; 384 points" in capsys.readouterr().out
+    assert (out / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    fields = json.loads((out / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    # the budget of a uniform rank 4 on the four matrices of attention, two blocks
+    shapes = {"q_proj": 64, "k_proj": 48, "v_proj": 48, "o_proj": 64}
+    patterns = [*fields["rank_pattern"].values()]
+    ranks = patterns + [fields["r"]] * (8 - len(patterns))
+    assert sum(ranks) * sum(shapes.values()) / 4 <= 4 * 2 * sum(shapes.values())
+    assert set(fields["target_modules"]) == set(shapes)
+
+
 def test_a_demo_that_does_not_learn_fails_with_a_sentence(tiny_model, texts, tmp_path):
     with pytest.raises(SystemExit, match="training must lower the held-out loss, got"):
         demo("--model", tiny_model, "--steps", 1, "--lr", 0, "--out", tmp_path / "out", "--text", *texts)

@@ -92,6 +92,19 @@ def test_the_name_picks_the_patterns():
     assert layer.adapter.a.shape == (5, 6)
 
 
+def test_weights_that_something_else_provides_are_used():
+    layer, expected = make_layer(), make_layer()
+    for module in (layer.base, layer.adapter):
+        for name in list(module._parameters):
+            # as sharding does while a layer runs: a plain tensor where the parameter was
+            tensor = 2 * module._parameters.pop(name).detach()
+            object.__setattr__(module, name, tensor)
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter *= 2
+    assert torch.equal(layer(X), expected(X))
+
+
 def test_a_fused_layer_reads_as_a_linear_layer():
     layer = make_layer(bias=False)
     assert (layer.in_features, layer.out_features, layer.bias) == (6, 8, None)

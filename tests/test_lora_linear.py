@@ -8,6 +8,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lowrank_ops import lora_linear, reference
@@ -62,6 +63,15 @@ def test_any_leading_dimensions_pass_through(leading):
     x, w, a, b, bias = make_inputs(1, 4, 6, 2)
     x = torch.randn(*leading, 6, dtype=torch.float64)
     torch.testing.assert_close(lora_linear(x, w, a, b, bias, scale=0.5), unfused(x, w, a, b, bias, 0.5))
+
+
+def test_the_result_may_be_changed_in_place():
+    x, w, a, b, bias = make_inputs(6, 4, 6, 2)
+    rows = x.detach().view(2, 3, 6).requires_grad_()
+    y = lora_linear(rows, w, a, b, bias)
+    y *= 3
+    y.sum().backward()
+    torch.testing.assert_close(rows.grad, 3 * (w + b @ a).sum(0).expand(2, 3, 6))
 
 
 def test_inputs_of_any_strides_are_taken():
@@ -203,6 +213,30 @@ def test_backward_writes_into_no_argument():
     assert all(torch.equal(t, old) for t, old in zip((*inputs, dy), before, strict=True))
 
 
+class Watch(TorchDispatchMode):
+    """Keeps the names of the operations that PyTorch is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_sees_one_op_a_pass_and_eager_code_calls_none(monkeypatch):
+    inputs = make_inputs(5, 4, 6, 2)
+    with Watch() as watch:
+        y = lora_linear(*inputs)
+        watched = gradients(y, inputs)
+    ours = ["lowrank_ops::lora_forward", "lowrank_ops::lora_backward"]
+    assert [name for name in watch.names if "lowrank_ops" in name] == ours
+    monkeypatch.setattr(torch.ops, "lowrank_ops", None)
+    for got, want in zip(gradients(lora_linear(*inputs), inputs), watched, strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_it_compiles_into_one_graph(p):
     inputs = make_inputs(16, 4, 6, 2)
@@ -235,6 +269,7 @@ def op_arguments() -> dict[str, tuple]:
     dy, h, seed = x.new_ones(5, 4), x.new_ones(5, 2), torch.tensor([7])
     return {
         "lora_forward": (x, w, a, b, bias, 0.5, seed, 0.5),
+        "lora_backward": (dy, x, w, a, b, h, None, 0.5, seed, 0.5, True, True, True),
         "lora_backward_hidden": (dy, b, 0.5),
         "lora_backward_b": (dy, h),
         "lora_backward_hidden_b": (dy, b, h, 0.5),
@@ -270,9 +305,12 @@ def test_autocast_around_backward_changes_nothing():
             assert torch.equal(got, want)
 
 
-def test_shapes_can_be_planned_on_a_meta_device():
-    inputs = [t.detach().to("meta").requires_grad_() for t in make_inputs(8, 4, 6, 2)]
-    y = lora_linear(*inputs, dropout_p=0.5)
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_shapes_can_be_planned_on_a_meta_device(impl):
+    if impl == "triton":
+        pytest.importorskip("triton")
+    inputs = [t.detach().float().to("meta").requires_grad_() for t in make_inputs(8, 4, 6, 2)]
+    y = lora_linear(*inputs, dropout_p=0.5, impl=impl)
     assert y.shape == (8, 4)
     assert y.device.type == "meta"
     grads = torch.autograd.grad(y.sum(), inputs)
@@ -286,10 +324,21 @@ def test_a_gpu_graph_can_be_traced_with_fake_tensors():
         sizes = [(16, 64), (32, 64), (4, 64), (32, 4)]
         x, w, a, b = (torch.empty(size, device="cuda", dtype=torch.bfloat16) for size in sizes)
         seed = torch.empty(1, device="cuda", dtype=torch.int64)
-        y, h = ops.lora_forward(x, w, a, b, None, 0.5, seed, 0.1, "auto")
+        y, h, _ = ops.lora_forward(x, w, a, b, None, 0.5, seed, 0.1, "auto")
         dh, db = ops.lora_backward_hidden_b(y, b, h, 1.0, "auto")
         dx = ops.lora_backward_input(y, w, dh, a, seed, 0.1, "auto")
         da = ops.lora_backward_a(dh, x, seed, 0.1, "auto")
     assert {t.device.type for t in (y, h, dh, db, dx, da)} == {"cuda"}
     shapes = [(16, 32), (16, 4), (16, 4), (32, 4), (16, 64), (4, 64)]
     assert [tuple(t.shape) for t in (y, h, dh, db, dx, da)] == shapes
+
+
+def test_an_op_gives_what_its_fake_promises_though_the_implementation_keeps_a_mask(monkeypatch):
+    forward = reference.lora_forward
+    mask = torch.zeros(5, 1, dtype=torch.int32)
+    monkeypatch.setattr(reference, "lora_forward", lambda *args: (*forward(*args)[:2], mask))
+    arguments = (*op_arguments()["lora_forward"], "reference")
+    assert torch.ops.lowrank_ops.lora_forward(*arguments)[2].shape == (0,)
+    inputs = make_inputs(5, 4, 6, 2)
+    y = lora_linear(*inputs, dropout_p=0.5)
+    assert any(saved is mask for saved in y.grad_fn.saved_tensors)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..config import LoRAConfig
 
-__all__ = ["Adapter", "Factors", "adapter_dtype"]
+__all__ = ["Adapter", "Factors", "adapter_dtype", "parameter"]
 
 
 class Factors(NamedTuple):
@@ -49,3 +49,9 @@ class Adapter(nn.Module):
 def adapter_dtype(base: torch.dtype) -> torch.dtype:
     """Return the dtype of an adapter beside a base of dtype ``base``: at least float32, as in PEFT."""
     return torch.float32 if base in (torch.float16, torch.bfloat16) else base
+
+
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """Return ``getattr(module, name)``, sooner where it is a parameter: for what every forward pass reads."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LoRAConfig
-from .base import Adapter, Factors, adapter_dtype
+from .base import Adapter, Factors, adapter_dtype, parameter
 
 
 class LoRA(Adapter):
@@ -32,4 +32,4 @@ class LoRA(Adapter):
         return adapter
 
     def factors(self, weight: Tensor) -> Factors:
-        return Factors(self.a, self.b, self.scale)
+        return Factors(parameter(self, "a"), parameter(self, "b"), self.scale)

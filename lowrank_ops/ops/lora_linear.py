@@ -1,35 +1,48 @@
 """The autograd Function behind ``lora_linear``."""
 
+from types import ModuleType
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ._library import no_autocast
+from ._library import is_traced, run_here
 
 __all__ = ["LoRALinearFunction"]
 
 
-class _RefuseSecondDerivative(torch.autograd.Function):
+class RefuseSecondDerivative(torch.autograd.Function):
     """Passes gradients on, and raises where somebody differentiates them again."""
 
     @staticmethod
-    def forward(ctx, anchor: Tensor, *grads: Tensor | None):
+    def forward(ctx, op: str, anchor: Tensor, *grads: Tensor | None):
+        ctx.op = op
         return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
 
     @staticmethod
     def backward(ctx, *second: Tensor | None):
         raise RuntimeError(
-            "lora_linear: gradients must not be differentiated again, got a second backward pass; "
+            f"{ctx.op}: gradients must not be differentiated again, got a second backward pass; "
             "its kernels have no second derivative: write the layer out in PyTorch where you need one"
         )
 
 
+class Options(NamedTuple):
+    """``impl`` names the implementation; ``module`` is it, or None where the library's ops must be called."""
+
+    scale: float
+    dropout_p: float
+    impl: str
+    module: ModuleType | None
+
+
 class LoRALinearFunction(torch.autograd.Function):
-    """y = x wᵀ + h bᵀ + bias, h = scale·drop(x) aᵀ.   x (M, K), w (N, K), a (R, K), b (N, R) -> y (M, N).
+    """y = x wᵀ + h bᵀ + bias, h = scale·drop(x) aᵀ.   x (…, K), w (N, K), a (R, K), b (N, R) -> y (…, N).
 
     With dh = scale·dy b:   dx = dy w + drop(dh a)    da = dhᵀ drop(x)    db = dyᵀ h    dw = dyᵀ x
-    where drop is the mask of (seed, element) and the factor 1 / keep probability, made anew each time.
-    Saves only what those need: x if a or w trains, h if b trains. A frozen a, as in LoRA-FA or LoRI,
-    therefore keeps (M, R) numbers for backward instead of (M, K).
+    where drop is the mask of (seed, element) and the factor 1 / keep probability, made anew each time
+    unless the implementation keeps it. Saves only what those need: x if a or w trains, h if b trains. A
+    frozen a, as in LoRA-FA or LoRI, therefore keeps (M, R) numbers for backward instead of (M, K).
     """
 
     @staticmethod
@@ -41,52 +54,70 @@ class LoRALinearFunction(torch.autograd.Function):
         b: Tensor,
         bias: Tensor | None,
         seed: Tensor | None,
-        scale: float,
-        dropout_p: float,
-        impl: str,
+        options: Options,
     ) -> Tensor:
-        y, h = torch.ops.lowrank_ops.lora_forward(x, w, a, b, bias, scale, seed, dropout_p, impl)
+        rows, (scale, dropout_p, impl, module) = as_rows(x), options
+        if module is None:
+            op = torch.ops.lowrank_ops.lora_forward
+            y, h, mask = op(rows, w, a, b, bias, scale, seed, dropout_p, impl)
+            mask = mask if mask.dim() == 2 else None
+        else:
+            y, h, mask = run_here(module.lora_forward, rows, w, a, b, bias, scale, seed, dropout_p)
         need_x, need_w, need_a, need_b, _ = ctx.needs_input_grad[:5]
+        need_dh = need_x or need_a
         ctx.save_for_backward(
-            x if need_a or need_w else None,
+            rows if need_a or need_w else None,
             w if need_x else None,
             a if need_x else None,
-            b if need_x or need_a else None,
+            b if need_dh else None,
             h if need_b else None,
-            seed if need_x or need_a else None,
+            mask if need_dh else None,
+            seed if need_dh else None,
         )
-        ctx.scale, ctx.dropout_p, ctx.impl = scale, dropout_p, impl
-        return y
+        ctx.options, ctx.shape = options, x.shape
+        # in place: a view made in here could not be written to by the caller
+        return y if rows is x else y.resize_(*x.shape[:-1], w.shape[0])
 
     @staticmethod
     def backward(ctx, dy: Tensor):
+        if not torch.is_grad_enabled():
+            return *LoRALinearFunction._gradients(ctx, dy), None, None
         with torch.no_grad():
             grads = LoRALinearFunction._gradients(ctx, dy)
-        if torch.is_grad_enabled():
-            # once_differentiable would take dx for a constant where dy is one, though w, a and b are in it
-            grads = _RefuseSecondDerivative.apply(dy.new_empty(0).requires_grad_(), *grads)
-        return *grads, None, None, None, None
+        # once_differentiable would take dx for a constant where dy is one, though w, a and b are in it
+        grads = RefuseSecondDerivative.apply("lora_linear", dy.new_empty(0).requires_grad_(), *grads)
+        return *grads, None, None
 
     @staticmethod
     def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        ops, impl, dropout_p = torch.ops.lowrank_ops, ctx.impl, ctx.dropout_p
-        x, w, a, b, h, seed = ctx.saved_tensors
+        x, w, a, b, h, mask, seed = ctx.saved_tensors
+        scale, dropout_p, impl, module = ctx.options
         need_x, need_w, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
-        dx = dw = da = db = dbias = None
-        if (need_x or need_a) and need_b:
-            dh, db = ops.lora_backward_hidden_b(dy, b, h, ctx.scale, impl)
-        elif need_x or need_a:
-            dh = ops.lora_backward_hidden(dy, b, ctx.scale, impl)
-        elif need_b:
-            db = ops.lora_backward_b(dy, h, impl)
-        if need_x:
-            dx = ops.lora_backward_input(dy, w, dh, a, seed, dropout_p, impl)
-        if need_a:
-            da = ops.lora_backward_a(dh, x, seed, dropout_p, impl)
-        if need_w:
-            # as in the ops: the dtypes of the forward pass hold, whatever autocast says by now
-            with no_autocast(dy.device):
-                dw = dy.T @ x
-        if need_bias:
-            dbias = dy.sum(0)
-        return dx, dw, da, db, dbias
+        dy = as_rows(dy)
+        needs = (need_x, need_a, need_b)
+        dx = da = db = None
+        if not any(needs):
+            pass
+        elif module is None or is_traced(dy):
+            op = torch.ops.lowrank_ops.lora_backward
+            grads = op(dy, x, w, a, b, h, mask, scale, seed, dropout_p, *needs, impl)
+            dx, da, db = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+        else:
+            dx, da, db = run_here(
+                module.lora_backward, dy, x, w, a, b, h, mask, scale, seed, dropout_p, *needs
+            )
+        if need_x and len(ctx.shape) != 2:
+            dx = dx.view(ctx.shape)
+        # the dtypes of the forward pass hold, whatever autocast says by now
+        dw = run_here(transposed_product, dy, x) if need_w else None
+        return dx, dw, da, db, dy.sum(0) if need_bias else None
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """Return ``t`` as (M, its last dimension)."""
+    dims = t.dim()
+    return t if dims == 2 else t.flatten(0, -2) if dims > 2 else t[None]
+
+
+def transposed_product(dy: Tensor, x: Tensor) -> Tensor:
+    return dy.T @ x

@@ -68,6 +68,9 @@ def launch_everything(shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.d
         return kernels.pick(op, M, n, k, R, big, facts, wide=big != small, dropout=dropout)
 
     _matmul.extended_matmul(x, w, h, b, bias, None, 0, empty(M, N), pick("lora_forward", N, K))
+    # a later link of the dx of a group
+    link = pick("lora_backward_input", N, K)
+    _matmul.extended_matmul(dy, w.T, None, None, None, None, 0, empty(M, K), link)
     for seed, p in ((None, 0.0), (empty(1, dtype=torch.int64), 0.1)):
         drops = seed is not None
         kernels.lora_hidden(x, a, 0.5, seed, p, config=pick("lora_hidden", 0, K, drops))

@@ -45,7 +45,7 @@ def reals(*size: int) -> Tensor:
 
 def run_all(module, t: dict[str, Tensor], seed: Tensor | None, p: float) -> dict[str, Tensor]:
     x, w, a, b, bias, dy = t.values()
-    y, h = module.lora_forward(x, w, a, b, bias, 0.5, seed, p)
+    y, h, _ = module.lora_forward(x, w, a, b, bias, 0.5, seed, p)
     dh, db = module.lora_backward_hidden_b(dy, b, h, 0.5)
     return {
         "y": y,

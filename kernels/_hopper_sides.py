@@ -1,0 +1,261 @@
+"""Hopper: the programs beside the GEMM: the hidden factor, and db. See _hopper_gemm."""
+
+from ._gluon import (
+    gl,
+    gluon,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from ._hopper_gemm import _proxy_fence, _side_end
+from ._hopper_masks import load_words, pair_masks, unpack
+
+
+@gluon.jit
+def _raise_flag(flag_ptr):
+    """Let others read what this program's threads have written, by bulk copies too."""
+    _proxy_fence(gl.to_tensor(0))
+    gl.thread_barrier()
+    gl.atomic_xchg(flag_ptr, 1, sem="release", scope="gpu")
+
+
+@gluon.jit
+def _store_hidden(acc, hidden_ptr, row, at, M, R, WIDTH, scale0, scale1, scale2, BLOCK_R: gl.constexpr):
+    """Write scale·acc; its columns are slots of BLOCK_R ranks, one a projection."""
+    layout: gl.constexpr = acc.type.layout
+    rows = row + gl.arange(0, acc.shape[0], gl.SliceLayout(1, layout))[:, None]
+    col = gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))[None, :]
+    slot = col // BLOCK_R + at
+    rank = col % BLOCK_R
+    scale = gl.where(slot == 0, scale0, gl.where(slot == 1, scale1, scale2))
+    inside = (rows < M) & (rank < R) & (slot * R < WIDTH)
+    pointers = hidden_ptr + rows.to(gl.int64) * WIDTH + slot * R + rank
+    gl.store(pointers, (acc * scale).to(hidden_ptr.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _side_sum(
+    acc, x, a, steps, step, l_bufs, r_bufs, empty, full,
+    SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """acc += x aᵀ over a block of rows."""
+    for k in range(steps):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        left = r_bufs.index(stage)._reinterpret(x.dtype, [SIDE_ROWS, SIDE_COLS], x.layout)
+        right = l_bufs.index(stage)._reinterpret(a.dtype, [acc.shape[1], SIDE_COLS], a.layout)
+        acc = warpgroup_mma(left, right.permute((1, 0)), acc, use_acc=k > 0, is_async=True)
+        # products are short: a stage that is free at once is worth more than one in flight
+        acc = warpgroup_mma_wait(0, (acc,))
+        mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
+    return acc, step
+
+
+@gluon.jit
+def _masked_step(
+    acc, x, a, words, first, step, l_bufs, r_bufs, empty, full,
+    SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """acc += (mask ∘ x) aᵀ for one tile of x, which the mask meets in registers."""
+    layout: gl.constexpr = acc.type.layout
+    # the same elements in the same threads, two to an int32
+    parent: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, acc.shape[1], 8])
+    in_pairs: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+    tile = r_bufs.index(stage)._reinterpret(gl.int32, [SIDE_ROWS, SIDE_COLS // 2], in_pairs)
+    small = l_bufs.index(stage)._reinterpret(a.dtype, [acc.shape[1], SIDE_COLS], a.layout)
+    pairs = tile.load(gl.DotOperandLayout(0, parent, 1))
+    left = unpack(pairs & pair_masks(pairs, words), x.dtype, gl.DotOperandLayout(0, layout, 2))
+    acc = warpgroup_mma(left, small.permute((1, 0)), acc, use_acc=first == 0, is_async=True)
+    acc = warpgroup_mma_wait(0, (acc,))
+    mbarrier.arrive(empty.index(stage), count=1)
+    return acc, step + 1
+
+
+@gluon.jit
+def _masked_side_sum(
+    acc, x, a, row, steps, step, l_bufs, r_bufs, empty, full, words_ptr, pitch, M,
+    SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """acc += (mask ∘ x) aᵀ over a block of rows, four tiles at a time.
+
+    Their words are asked for four tiles ahead: a load must have come when its register is next moved.
+    """
+    W: gl.constexpr = SIDE_COLS // 32
+    parent: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, acc.shape[1], 8])
+    like = gl.zeros((SIDE_ROWS, SIDE_COLS // 2), gl.int32, gl.DotOperandLayout(0, parent, 1))
+    w0 = load_words(like, words_ptr, pitch, row, M, 0)
+    w1 = load_words(like, words_ptr, pitch, row, M, W)
+    w2 = load_words(like, words_ptr, pitch, row, M, 2 * W)
+    w3 = load_words(like, words_ptr, pitch, row, M, 3 * W)
+    for k in range(0, steps, 4):
+        n0 = load_words(like, words_ptr, pitch, row, M, (k + 4) * W)
+        n1 = load_words(like, words_ptr, pitch, row, M, (k + 5) * W)
+        n2 = load_words(like, words_ptr, pitch, row, M, (k + 6) * W)
+        n3 = load_words(like, words_ptr, pitch, row, M, (k + 7) * W)
+        acc, step = _masked_step(
+            acc, x, a, w0, k == 0, step, l_bufs, r_bufs, empty, full, SIDE_ROWS, SIDE_COLS, STAGES
+        )
+        if k + 1 < steps:
+            acc, step = _masked_step(
+                acc, x, a, w1, False, step, l_bufs, r_bufs, empty, full, SIDE_ROWS, SIDE_COLS, STAGES
+            )
+        if k + 2 < steps:
+            acc, step = _masked_step(
+                acc, x, a, w2, False, step, l_bufs, r_bufs, empty, full, SIDE_ROWS, SIDE_COLS, STAGES
+            )
+        if k + 3 < steps:
+            acc, step = _masked_step(
+                acc, x, a, w3, False, step, l_bufs, r_bufs, empty, full, SIDE_ROWS, SIDE_COLS, STAGES
+            )
+        w0 = n0
+        w1 = n1
+        w2 = n2
+        w3 = n3
+    return acc, step
+
+
+@gluon.jit
+def _side_forward(
+    x, a, l_bufs, r_bufs, empty, full, hidden_ptr, flags_ptr, words_ptr, pitch, M, K, R,
+    scale0, scale1, scale2, DROP: gl.constexpr,
+    SIDES: gl.constexpr, P: gl.constexpr, SLOTS: gl.constexpr, BLOCK_R: gl.constexpr,
+    SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """h = scale·drop(x) aᵀ of all projections, a block of rows at a time."""
+    WIDE: gl.constexpr = BLOCK_R * SLOTS
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, WIDE, 16])
+    steps = gl.cdiv(K, SIDE_COLS)
+    step = 0
+    for block in range(gl.program_id(0), _side_end(M, SIDES, SIDE_ROWS), SIDES):
+        row = block * SIDE_ROWS
+        acc = gl.zeros((SIDE_ROWS, WIDE), gl.float32, layout)
+        if DROP:
+            acc, step = _masked_side_sum(
+                acc, x, a, row, steps, step, l_bufs, r_bufs, empty, full, words_ptr, pitch, M,
+                SIDE_ROWS, SIDE_COLS, STAGES,
+            )  # fmt: skip
+        else:
+            acc, step = _side_sum(
+                acc, x, a, steps, step, l_bufs, r_bufs, empty, full, SIDE_ROWS, SIDE_COLS, STAGES
+            )
+        _store_hidden(acc, hidden_ptr, row, 0, M, R, P * R, scale0, scale1, scale2, BLOCK_R)
+        _raise_flag(flags_ptr + block)
+
+
+@gluon.jit
+def _side_hidden(
+    dy, b, row, at, depth, step, l_bufs, r_bufs, empty, full, hidden_ptr, M, R, WIDTH, scale,
+    BLOCK_R: gl.constexpr, SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dh = scale·dy b of a block of rows of one projection."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_R, 16])
+    acc = gl.zeros((SIDE_ROWS, BLOCK_R), gl.float32, layout)
+    for k in range(gl.cdiv(depth, SIDE_COLS)):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        left = r_bufs.index(stage)._reinterpret(dy.dtype, [SIDE_ROWS, SIDE_COLS], dy.layout)
+        right = l_bufs.index(stage)._reinterpret(b.dtype, b.block_type.shape, b.layout)
+        acc = warpgroup_mma(left, right, acc, use_acc=k > 0, is_async=True)
+        acc = warpgroup_mma_wait(0, (acc,))
+        mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
+    _store_hidden(acc, hidden_ptr + at, row, 0, M, R, WIDTH, scale, scale, scale, BLOCK_R)
+    return step
+
+
+@gluon.jit
+def _add_part(parts_ptr, part, k, depth, R):
+    """Add a tile of db to this program's own sum; one thread alone adds to a place, so the order is fixed."""
+    col = k + gl.arange(0, part.shape[0], gl.SliceLayout(1, part.type.layout))[:, None]
+    rank = gl.arange(0, part.shape[1], gl.SliceLayout(0, part.type.layout))[None, :]
+    inside = (col >= 0) & (col < depth) & (rank < R)
+    gl.atomic_add(parts_ptr + col * R + rank, part, mask=inside, sem="relaxed", scope="gpu")
+
+
+@gluon.jit
+def _half_step(
+    dy, b, h, acc, part, add, step, l_bufs, r_bufs, full, HALF: gl.constexpr, STAGES: gl.constexpr
+):
+    """Start acc += dy b and part += dyᵀ h for a square tile of dy."""
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+    left = r_bufs.index(stage)._reinterpret(dy.dtype, [HALF, HALF], dy.layout)
+    right = l_bufs.index(stage)._reinterpret(b.dtype, b.block_type.shape, b.layout)
+    acc = warpgroup_mma(left, right, acc, is_async=True)
+    part = warpgroup_mma(left.permute((1, 0)), h, part, use_acc=add, is_async=True)
+    return acc, part
+
+
+@gluon.jit
+def _side_hidden_b(
+    dy, b, kept, row, at, depth, count, step, l_bufs, r_bufs, y_buf, empty, full, parts_ptr,
+    hidden_ptr, M, R, WIDTH, scale, BLOCK_R: gl.constexpr, SIDE_ROWS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dh as _side_hidden, and this block's part of db = dyᵀ h from the same read of dy."""
+    HALF: gl.constexpr = SIDE_ROWS // 2
+    H: gl.constexpr = [4, HALF, BLOCK_R]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_R, 16])
+    mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
+    mbarrier.arrive(empty.index(step % STAGES), count=1)
+    step += 1
+    h = y_buf._reinterpret(kept.dtype, H, kept.layout)
+    above = gl.zeros((HALF, BLOCK_R), gl.float32, layout)
+    below = gl.zeros((HALF, BLOCK_R), gl.float32, layout)
+    done = gl.zeros((HALF, BLOCK_R), gl.float32, layout)
+    for k in range(0, depth, HALF):
+        part = gl.zeros((HALF, BLOCK_R), gl.float32, layout)
+        above, part = _half_step(
+            dy, b, h.index(2 * (count & 1)), above, part, False, step, l_bufs, r_bufs, full, HALF, STAGES
+        )
+        # the tile before, while the tensor cores are at this one
+        _add_part(parts_ptr, done, k - HALF, depth, R)
+        above, part = warpgroup_mma_wait(0, (above, part))
+        mbarrier.arrive(empty.index(step % STAGES), count=1)
+        step += 1
+        below, part = _half_step(
+            dy, b, h.index(2 * (count & 1) + 1), below, part, True, step, l_bufs, r_bufs, full, HALF, STAGES
+        )
+        below, done = warpgroup_mma_wait(0, (below, part))
+        mbarrier.arrive(empty.index(step % STAGES), count=1)
+        step += 1
+    _add_part(parts_ptr, done, (gl.cdiv(depth, HALF) - 1) * HALF, depth, R)
+    _store_hidden(above, hidden_ptr + at, row, 0, M, R, WIDTH, scale, scale, scale, BLOCK_R)
+    _store_hidden(below, hidden_ptr + at, row + HALF, 0, M, R, WIDTH, scale, scale, scale, BLOCK_R)
+    return step
+
+
+@gluon.jit
+def _side_backward(
+    dy, b, kept, l_bufs, r_bufs, y_buf, empty, full, hidden_ptr, flags_ptr, parts_ptr,
+    M, N0, N1, N2, R, scale0, scale1, scale2,
+    DB: gl.constexpr, SIDES: gl.constexpr, P: gl.constexpr, BLOCK_R: gl.constexpr,
+    SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    own_ptr = parts_ptr
+    if DB:
+        own_ptr += gl.program_id(0) * (N0 + N1 + N2) * R
+    step = 0
+    count = 0
+    for block in range(gl.program_id(0), _side_end(M, SIDES, SIDE_ROWS), SIDES):
+        for i in gl.static_range(P):
+            depth, scale, first = N0, scale0, 0
+            if i == 1:
+                depth, scale, first = N1, scale1, N0
+            if i == 2:
+                depth, scale, first = N2, scale2, N0 + N1
+            row = block * SIDE_ROWS
+            if DB:
+                step = _side_hidden_b(
+                    dy, b, kept, row, i * R, depth, count, step, l_bufs, r_bufs, y_buf, empty, full,
+                    own_ptr + first * R, hidden_ptr, M, R, P * R, scale, BLOCK_R, SIDE_ROWS, STAGES,
+                )  # fmt: skip
+            else:
+                step = _side_hidden(
+                    dy, b, row, i * R, depth, step, l_bufs, r_bufs, empty, full, hidden_ptr, M, R, P * R,
+                    scale, BLOCK_R, SIDE_ROWS, SIDE_COLS, STAGES,
+                )  # fmt: skip
+            count += 1
+        _raise_flag(flags_ptr + block)

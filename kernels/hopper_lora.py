@@ -1,0 +1,206 @@
+"""LoRA layers on Hopper: when the kernels of ``hopper`` serve them, with which sizes, and in which order."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from ._config import DeviceFacts, block_rank, device_facts
+from ._sum_parts import sum_parts
+from .dropout_mask import dropout_mask
+from .hopper import (
+    MOST_PROJECTIONS,
+    HopperConfig,
+    hopper_backward_input,
+    hopper_forward,
+    hopper_matmul,
+)
+from .lora_backward_factors import factor_counters, factor_gradients
+from .lora_forward import drop_threshold
+
+__all__ = ["backward_config", "forward_config", "lora_backward", "lora_forward", "update_matmul"]
+
+# microseconds, measured on one H100: a step of a tile's sum, what a tile costs beside its steps, 32 KiB
+# through a side program (with a mask, and at 128 ranks), and the overhead of a skinny pass of its own
+_STEP, _TILE = 0.69, 1.5
+_SIDE_STEP, _SIDE_STEP_MASKED, _SIDE_STEP_WIDE = 0.62, 0.90, 0.86
+_PASS, _BYTES_PER_MICROSECOND = 5.0, 2.6e6
+
+
+def _duration(
+    sides: int, tiles: int, steps: int, M: int, side_steps: int, side_step: float, facts: DeviceFacts
+) -> float:
+    """Return the microseconds that a launch should take, the pass for the hidden factor included."""
+    tile = steps * _STEP + _TILE
+    gemm = triton.cdiv(tiles, facts.processors - sides) * tile
+    if not sides:
+        return gemm + _PASS + M * side_steps * 128 / _BYTES_PER_MICROSECOND
+    block = side_steps * side_step
+    side = triton.cdiv(triton.cdiv(M, 256), sides) * block
+    # the first wave of tiles needs the first eight rows of tiles, four blocks
+    late = max(0.0, triton.cdiv(min(4, triton.cdiv(M, 256)), sides) * block - tile)
+    return max(gemm + late, side)
+
+
+def _pick(
+    tiles: int, steps: int, M: int, side_steps: int, side_step: float, facts: DeviceFacts
+) -> HopperConfig | None:
+    waves = triton.cdiv(tiles, facts.processors)
+    if tiles < 0.75 * waves * facts.processors:
+        return None
+    cost = {
+        sides: _duration(sides, tiles, steps, M, side_steps, side_step, facts) for sides in (0, 4, 8, 12, 16)
+    }
+    return HopperConfig(SIDES=min(cost, key=cost.__getitem__))
+
+
+def _side_step(R: int, P: int, dropout: bool) -> float:
+    wide = block_rank(R, 128) * triton.next_power_of_2(P)
+    if dropout:
+        return _SIDE_STEP_MASKED * (1 if wide <= 32 else 1.3)
+    return _SIDE_STEP if wide <= 64 else _SIDE_STEP_WIDE
+
+
+@lru_cache(maxsize=4096)
+def forward_config(
+    M: int, Ns: tuple[int, ...], K: int, R: int, dropout: bool, facts: DeviceFacts
+) -> HopperConfig | None:
+    """Return the sizes of a forward launch, or None where other kernels should serve it."""
+    if facts.arch != "sm90" or triton.next_power_of_2(len(Ns)) * block_rank(R, 128) > (
+        64 if dropout else 128
+    ):
+        return None
+    tiles = triton.cdiv(M, 128) * sum(triton.cdiv(N, 256) for N in Ns)
+    steps = triton.cdiv(K, 64) + triton.cdiv(R, 64)
+    return _pick(tiles, steps, M, triton.cdiv(K, 64), _side_step(R, len(Ns), dropout), facts)
+
+
+@lru_cache(maxsize=4096)
+def backward_config(M: int, Ns: tuple[int, ...], K: int, R: int, facts: DeviceFacts) -> HopperConfig | None:
+    """Return the sizes of a launch for dx, or None where other kernels should serve it."""
+    if facts.arch != "sm90" or R > 128:
+        return None
+    tiles = triton.cdiv(M, 128) * triton.cdiv(K, 256)
+    depth = sum(triton.cdiv(N, 64) for N in Ns)
+    return _pick(tiles, depth + len(Ns) * triton.cdiv(R, 64), M, depth, _side_step(R, 1, False), facts)
+
+
+def _serves(dtype: torch.dtype, *tensors: Tensor) -> bool:
+    """Whether the copy engine takes these as they are: one 16-bit type, contiguous rows on 16 bytes."""
+    for t in tensors:
+        if t.dtype != dtype or t.stride(1) != 1 or t.stride(0) % 8 or t.stride(0) < t.shape[1]:
+            return False
+        if t.data_ptr() % 16 or t.shape[1] % 8 or not t.shape[0]:
+            return False
+    return dtype.itemsize == 2
+
+
+def _one_rank(a_list: Sequence[Tensor]) -> bool:
+    return len(a_list) <= MOST_PROJECTIONS and all(a.shape[0] == a_list[0].shape[0] for a in a_list)
+
+
+def keep_factor(seed: Tensor | None, dropout_p: float) -> float:
+    return 65536 / (65536 - drop_threshold(dropout_p, seed))
+
+
+def lora_forward(
+    x: Tensor,
+    ws: Sequence[Tensor],
+    a_list: Sequence[Tensor],
+    b_list: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    scales: Sequence[float],
+    seed: Tensor | None,
+    dropout_p: float,
+) -> tuple[list[Tensor], Tensor, Tensor | None] | None:
+    """As ``kernels.lora_group_forward``, or None where other kernels should serve; a mask is kept as bits."""
+    (M, K), Ns, R = x.shape, tuple(w.shape[0] for w in ws), a_list[0].shape[0]
+    config = forward_config(M, Ns, K, R, seed is not None, device_facts(x.device))
+    if config is None or not config.SIDES or any(N % 8 for N in Ns):
+        return None
+    given = [bias for bias in biases if bias is not None]
+    if len(given) not in (0, len(ws)) or not _one_rank(a_list):
+        return None
+    if R % 8 or not _serves(x.dtype, x, *ws, *a_list, *b_list):
+        return None
+    mask, factor = None, keep_factor(seed, dropout_p)
+    if seed is not None:
+        mask = dropout_mask(seed, M, K, drop_threshold(dropout_p, seed))
+    scales = [scale * factor for scale in scales]
+    ys, h = hopper_forward(x, ws, a_list, b_list, given, scales, mask, config=config)
+    return ys, h, mask
+
+
+def lora_backward(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    ws: Sequence[Tensor],
+    a_list: Sequence[Tensor],
+    b_list: Sequence[Tensor],
+    h: Tensor | None,
+    mask: Tensor | None,
+    scales: Sequence[float],
+    seed: Tensor | None,
+    dropout_p: float,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor, Tensor | None, list[Tensor | None]] | None:
+    """Return dx, da of all projections one above the other, and each db; None as in :func:`lora_forward`.
+
+    A db that is None though it is needed is left to the caller: dyᵀ h, a pass of its own above 16 ranks.
+    """
+    if any(dy is None for dy in dys) or not _one_rank(a_list):
+        return None
+    (M, R), P = (dys[0].shape[0], a_list[0].shape[0]), len(ws)
+    Ns, K = tuple(w.shape[0] for w in ws), ws[0].shape[1]
+    config = backward_config(M, Ns, K, R, device_facts(dys[0].device))
+    if config is None or not config.SIDES or R % 8 or not _serves(dys[0].dtype, *dys, *ws, *a_list, *b_list):
+        return None
+    if seed is not None and mask is None:
+        mask = dropout_mask(seed, M, K, drop_threshold(dropout_p, seed))
+    factor = keep_factor(seed, dropout_p)
+    scales = [scale * factor for scale in scales]
+    kept = h if need_b and R <= 16 else None
+    counters = factor_counters(K, P * R) if need_a else 0
+    dx, dh, parts, zeros = hopper_backward_input(
+        dys, ws, a_list, b_list, kept, scales, mask, counters, config=config
+    )
+    da, db = None, None if parts is None else dh.new_empty(sum(Ns), R)
+    if need_a:
+        da = factor_gradients(x, dh, mask, zeros, parts, db)
+    elif parts is not None:
+        sum_parts((parts, db))
+    return dx, da, [None] * P if db is None else list(db.split(Ns))
+
+
+def update_matmul(
+    forward: bool,
+    left: Tensor,
+    w: Tensor,
+    h: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+) -> Tensor | None:
+    """As ``hopper.hopper_matmul`` for factors of any dtype; None as in :func:`lora_forward`.
+
+    ``seed``: not forward, of the mask on the update; then its factor is applied to ``h``.
+    """
+    (M, R), (N, K) = h.shape, w.shape
+    facts = device_facts(left.device)
+    if facts.arch != "sm90" or R % 8 or not _serves(left.dtype, left, w):
+        return None
+    tiles = triton.cdiv(M, 128) * triton.cdiv(N if forward else K, 256)
+    if (N if forward else K) % 8 or tiles < 0.75 * triton.cdiv(tiles, facts.processors) * facts.processors:
+        return None
+    mask = None
+    if seed is not None:
+        mask = dropout_mask(seed, M, K, drop_threshold(dropout_p, seed))
+        h = h * keep_factor(seed, dropout_p)
+    h, b = h.to(left.dtype), b.to(left.dtype)
+    if not _serves(left.dtype, h, b):
+        return None
+    return hopper_matmul(forward, left, w, h, b, bias, mask, HopperConfig(SIDES=0))

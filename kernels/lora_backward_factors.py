@@ -1,0 +1,140 @@
+"""The gradients of both factors, after the pass that made dh and the parts of db, in one launch."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._config import block_rank, device_facts
+from ._launch import Launch, launch
+from ._tiles import add, wide
+
+
+@triton.jit
+def _add_parts(parts_ptr, out_ptr, parts, count, first, BLOCK: tl.constexpr):
+    """out[i] = sum_s parts[s, i], BLOCK elements a program, in the order of s with its errors kept."""
+    programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+    for start in range(first * BLOCK, count, programs * BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        acc, rest = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        for part in range(parts):
+            one = tl.load(parts_ptr + wide(count) * part + offs, mask=offs < count, other=0.0)
+            acc, rest = add(acc, rest, one)
+        tl.store(out_ptr + offs, (acc + rest).to(out_ptr.dtype.element_ty), mask=offs < count)
+
+
+@triton.jit
+def _factors_kernel(
+    x_ptr, dh_ptr, words_ptr, da_ptr, shares_ptr, counters_ptr, db_parts_ptr, db_ptr,
+    M, K, R, pitch, rows_each, db_parts, db_count, stride_xm, stride_dh,
+    USE_DROPOUT: tl.constexpr, HAS_DB: tl.constexpr, SHARES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """da[r, k] = sum_m dh[m, r] mask[m, k] x[m, k], and db[i] = sum_s db_parts[s, i]
+
+    Tensors   x (M, K), dh (M, R), rows contiguous; words, the mask's bits, (M, pitch) int32; da (R, K);
+              shares (SHARES, K, R) float32 scratch; counters, one zero for each block of da; db_parts
+              (db_parts, db_count) float32, db (db_count,).
+    Program   BLOCK_K columns, BLOCK_R ranks, one share of the rows; the last to finish of those that share a
+              block adds up the shares in their order, so that the result does not depend on who that is.
+    Numerics  16-bit products summed in float32.
+    Traffic   x once per BLOCK_R ranks, dh once per block of columns (from L2), da written once.
+    Requires  BLOCK_K a multiple of 32, rows_each a multiple of BLOCK_M.
+    """
+    block_k, block_r, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block = block_r * tl.num_programs(0) + block_k
+    if HAS_DB:
+        _add_parts(db_parts_ptr, db_ptr, db_parts, db_count, block * SHARES + share, 256)
+    offs_k = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_m = share * rows_each + tl.arange(0, BLOCK_M)
+    offs_w = block_k * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
+    x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + offs_k[None, :]
+    dh_ptrs = dh_ptr + offs_m[:, None].to(tl.int64) * stride_dh + offs_r[None, :]
+    if USE_DROPOUT:
+        word_ptrs = words_ptr + offs_m[:, None].to(tl.int64) * pitch + offs_w[None, :]
+    acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    for row in range(share * rows_each, min(share * rows_each + rows_each, M), BLOCK_M):
+        inside = (row + tl.arange(0, BLOCK_M) < M)[:, None]
+        x = tl.load(x_ptrs, mask=inside & (offs_k < K)[None, :], other=0.0)
+        dh = tl.load(dh_ptrs, mask=inside & (offs_r < R)[None, :], other=0.0)
+        if USE_DROPOUT:
+            words = tl.load(word_ptrs, mask=inside & (offs_w < pitch)[None, :], other=0)
+            bits = words[:, :, None] >> tl.arange(0, 32)[None, None, :] & 1
+            x = tl.where(tl.reshape(bits, (BLOCK_M, BLOCK_K)) != 0, x, tl.zeros_like(x))
+            word_ptrs += wide(BLOCK_M) * pitch
+        acc = tl.dot(x.T, dh, acc)
+        x_ptrs += wide(BLOCK_M) * stride_xm
+        dh_ptrs += wide(BLOCK_M) * stride_dh
+    mask = (offs_k < K)[:, None] & (offs_r < R)[None, :]
+    finished = True
+    if SHARES > 1:
+        share_ptrs = shares_ptr + offs_k[:, None] * R + offs_r[None, :]
+        tl.store(share_ptrs + wide(K) * R * share, acc, mask=mask)
+        tl.debug_barrier()
+        finished = tl.atomic_add(counters_ptr + block, 1, sem="acq_rel", scope="gpu") == SHARES - 1
+        if finished:
+            acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+            for s in range(SHARES):
+                acc += tl.load(share_ptrs + wide(K) * R * s, mask=mask, other=0.0)
+    if finished:
+        da_ptrs = da_ptr + wide(K) * offs_r[None, :] + offs_k[:, None]
+        tl.store(da_ptrs, acc.to(da_ptr.dtype.element_ty), mask=mask)
+
+
+def _blocks(K: int, R: int) -> tuple[int, int, int]:
+    """Return BLOCK_K, BLOCK_R, and the number of blocks of da."""
+    BLOCK_R = block_rank(R, 64)
+    return 64, BLOCK_R, triton.cdiv(K, 64) * triton.cdiv(R, BLOCK_R)
+
+
+def factor_counters(K: int, R: int) -> int:
+    """Return how many zeros ``factor_gradients`` wants as counters."""
+    return _blocks(K, R)[2]
+
+
+def _prepare(
+    x: Tensor,
+    dh: Tensor,
+    mask: Tensor | None,
+    da: Tensor,
+    shares: Tensor | None,
+    counters: Tensor,
+    db_parts: Tensor | None,
+    db: Tensor | None,
+    each: int,
+) -> Launch:
+    (M, K), R = x.shape, dh.shape[1]
+    BLOCK_K, BLOCK_R, _ = _blocks(K, R)
+    count = 1 if shares is None else shares.shape[0]
+    return Launch.of(_factors_kernel, (triton.cdiv(K, BLOCK_K), triton.cdiv(R, BLOCK_R), count))(
+        x, dh, mask, da, shares, counters, db_parts, db,
+        M, K, R, 0 if mask is None else mask.shape[1], each,
+        0 if db is None else db_parts.shape[0], 0 if db is None else db.numel(), x.stride(0), dh.stride(0),
+        USE_DROPOUT=mask is not None, HAS_DB=db is not None, SHARES=count,
+        BLOCK_M=64, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R, num_warps=4, num_stages=3, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def factor_gradients(
+    x: Tensor,
+    dh: Tensor,
+    mask: Tensor | None,
+    counters: Tensor,
+    db_parts: Tensor | None = None,
+    db: Tensor | None = None,
+) -> Tensor:
+    """Return ``da = dhᵀ (mask ∘ x)``, (R, K); and write ``db``, the sum of ``db_parts`` (S, *db.shape).
+
+    ``counters``: int32 zeros, ``factor_counters(K, R)`` of them or more, which are used up.
+    """
+    (M, K), R = x.shape, dh.shape[1]
+    blocks = _blocks(K, R)[2]
+    programs = (4 if mask is not None else 2) * device_facts(x.device).processors
+    wanted = max(1, min(round(programs / blocks), triton.cdiv(M, 128), 32))
+    each = triton.cdiv(triton.cdiv(M, wanted), 64) * 64
+    count = triton.cdiv(M, each)
+    da = dh.new_empty(R, K)
+    shares = None if count == 1 else torch.empty(count, K, R, dtype=torch.float32, device=x.device)
+    launch(_prepare, (x, dh, mask, da, shares, counters, db_parts, db), each)
+    return da
