@@ -65,8 +65,10 @@ def _encoded(maker: DescriptorMaker, address: int) -> object:
     return maker(address)[0]
 
 
-def launch(prepare: Callable[..., Launch], tensors: tuple[Tensor | None, ...], *numbers: object) -> None:
-    """Launch ``prepare(*tensors, *numbers)``.
+def launch(
+    prepare: Callable[..., Launch | None], tensors: tuple[Tensor | None, ...], *numbers: object
+) -> bool:
+    """Launch ``prepare(*tensors, *numbers)`` and return True; or False, if that is None.
 
     Args:
         prepare: makes the launch. Must be a function of the shapes, strides, dtypes and device of the
@@ -79,14 +81,17 @@ def launch(prepare: Callable[..., Launch], tensors: tuple[Tensor | None, ...], *
     plan = _plans.get(key)
     if plan is not None and may_bypass(plan.kernel):
         plan.run(key[1], addresses)
-        return
+        return True
     what = prepare(*tensors, *numbers)
+    if what is None:
+        return False
     compiled = what.kernel[what.grid](*what.args, **what.constants)
     if key[1] >= 0 and key not in _plans and may_bypass(what.kernel) and not _repeats(tensors):
         if len(_plans) >= _MOST_PLANS:
             # the oldest: if it is still in use, it comes back at the cost of one ordinary launch
             _plans.pop(next(iter(_plans)), None)
         _plans[key] = make_plan(what, tensors, compiled)
+    return True
 
 
 def plan_key(

@@ -1,4 +1,7 @@
-"""Launchers of the Hopper kernels: whole passes of one to three projections in one launch."""
+"""Launchers of the Hopper kernels: whole passes of one to three projections in one launch.
+
+Each returns None, and has done nothing, where the copy engine does not take the tensors as they are.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,13 +56,34 @@ def _padded(values: Sequence, fill: object = None) -> list:
     return [*values, *[fill] * (MOST_PROJECTIONS - len(values))]
 
 
-def _prepare(*tensors_and_numbers: object) -> Launch:
-    """Lay out a launch; arguments as in ``_launch_pass``."""
-    *tensors, forward, scales, c = tensors_and_numbers
-    hidden, zeros, parts, mask, kept, *lists = tensors
-    lists = [[t for t in lists[i : i + 3] if t is not None] for i in range(0, len(lists), 3)]
-    bigs, ws, smalls, ranks, outs, biases = lists
-    smalls = smalls or ranks
+def _serves(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether the copy engine takes these as they are: one 16-bit type, contiguous rows on 16 bytes."""
+    return dtype in _GL_TYPES and all(
+        t.dtype == dtype
+        and t.stride(1) == 1
+        and t.stride(0) % 8 == t.shape[1] % 8 == 0
+        and t.stride(0) >= t.shape[1]
+        and t.data_ptr() % 16 == 0
+        for t in tensors
+    )
+
+
+def _prepare(
+    hidden: Tensor,
+    zeros: Tensor | None,
+    parts: Tensor | None,
+    mask: Tensor | None,
+    kept: Tensor | None,
+    *rest: object,
+) -> Launch | None:
+    """Lay out a launch; ``rest``: the lists of ``_launch_pass``, then their lengths and its numbers."""
+    *tensors, lengths, forward, scales, c = rest
+    tensors = iter(tensors)
+    bigs, ws, smalls, ranks, outs, biases = ([next(tensors) for _ in range(n)] for n in lengths)
+    if not _serves(
+        [hidden, *bigs, *ws, *smalls, *ranks, *outs, *([] if kept is None else [kept])], hidden.dtype
+    ):
+        return None
     flags = hidden if zeros is None else zeros
     M, K, P = bigs[0].shape[0], ws[0].shape[1], len(ws)
     R = hidden.shape[1] // P
@@ -71,12 +95,12 @@ def _prepare(*tensors_and_numbers: object) -> Launch:
     else:
         shapes = [c.BLOCK_K, c.BLOCK_N], [SIDE_COLS, BLOCK_R], [RANK, c.BLOCK_N]
     columns = sum(triton.cdiv(out.shape[1], c.BLOCK_N) for out in outs)
-    tiles = triton.cdiv(M, c.BLOCK_M) * columns
-    gemms = min(tiles, device_facts(hidden.device).processors - c.SIDES)
+    gemms = min(triton.cdiv(M, c.BLOCK_M) * columns, device_facts(hidden.device).processors - c.SIDES)
     return Launch.of(hopper_kernel, (gemms + c.SIDES,))(
         *_boxes(bigs, [c.BLOCK_M, c.BLOCK_K]),
         *_boxes(ws, shapes[0]),
-        *_boxes(smalls, shapes[1]),
+        # where nothing is made of the small factors, the kernel takes any descriptor for them
+        *_boxes(smalls or ranks, shapes[1]),
         *_boxes(ranks, shapes[2]),
         *_boxes(outs, [c.BLOCK_M, c.BLOCK_N]),
         _box(hidden, [c.BLOCK_M, RANK]),
@@ -84,8 +108,7 @@ def _prepare(*tensors_and_numbers: object) -> Launch:
         *_padded(biases),
         hidden, flags, mask, flags if parts is None else parts, 0 if mask is None else mask.shape[1],
         M, *_padded([w.shape[0] for w in ws], 0), K, R, *_padded(scales, 0.0),
-        FORWARD=forward, BIAS=len(biases) > 0, DROP=mask is not None,
-        DB=kept is not None,
+        FORWARD=forward, BIAS=len(biases) > 0, DROP=mask is not None, DB=kept is not None,
         SIDES=c.SIDES, P=P, SLOTS=triton.next_power_of_2(P), GROUP_M=c.GROUP_M,
         BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, BLOCK_R=BLOCK_R,
         SIDE_ROWS=c.SIDE_ROWS, SIDE_COLS=SIDE_COLS, STAGES=c.STAGES, num_warps=8, maxnreg=168,
@@ -94,38 +117,32 @@ def _prepare(*tensors_and_numbers: object) -> Launch:
 
 def _launch_pass(
     forward: bool,
-    bigs: Sequence[Tensor],
-    ws: Sequence[Tensor],
-    smalls: Sequence[Tensor],
-    ranks: Sequence[Tensor],
-    outs: Sequence[Tensor],
-    biases: Sequence[Tensor],
+    lists: tuple[Sequence[Tensor], ...],
     hidden: Tensor,
-    kept: Tensor | None,
-    scales: Sequence[float],
+    zeros: Tensor | None,
+    parts: Tensor | None,
     mask: Tensor | None,
+    kept: Tensor | None,
+    scales: tuple[float, ...],
     config: HopperConfig,
-    counters: int = 0,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Launch; return the parts of db, (SIDES, sum N, R), if ``kept`` (h of the forward pass) is given, and
-    so many int32 zeros beside them for the launch that reads them.
+) -> bool:
+    """Launch and return True, or False if the kernels do not take the tensors as they are.
+
+    ``lists``: what is multiplied by the base weights and by the small factors, base weights, small factors,
+    those that the hidden factor is multiplied by, outputs, biases.
     """
-    zeros = parts = spare = None
-    if config.SIDES:
-        # flags and counters, to a multiple of 16 bytes; then the parts of db
-        flags = triton.cdiv(hidden.shape[0], config.SIDE_ROWS)
-        first = triton.cdiv(flags + counters, 4) * 4
-        wide = sum(w.shape[0] for w in ws), hidden.shape[1] // len(ws)
-        size = config.SIDES * wide[0] * wide[1] if kept is not None else 0
-        zeros = torch.zeros(first + size, dtype=torch.float32, device=hidden.device)
-        spare = zeros[flags : flags + counters].view(torch.int32)
-        if kept is not None:
-            parts = zeros[first:].view(config.SIDES, *wide)
-    # where nothing is made of the small factors, the kernel takes any descriptor for them
-    lists = (bigs, ws, smalls if config.SIDES else [], ranks, outs, biases)
-    tensors = (hidden, zeros, parts, mask, kept, *(t for group in lists for t in _padded(group)))
-    launch(_prepare, tensors, forward, tuple(map(float, scales)), config)
-    return parts, spare
+    bigs, ws, smalls, ranks, outs, biases = lists
+    lengths = (len(bigs), len(ws), len(smalls), len(ranks), len(outs), len(biases))
+    tensors = (hidden, zeros, parts, mask, kept, *bigs, *ws, *smalls, *ranks, *outs, *biases)
+    return launch(_prepare, tensors, lengths, forward, scales, config)
+
+
+def _zeros(like: Tensor, count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.float32, device=like.device)
+
+
+def _flags(M: int, config: HopperConfig) -> int:
+    return -(-M // config.SIDE_ROWS)
 
 
 def hopper_forward(
@@ -134,19 +151,22 @@ def hopper_forward(
     a_list: Sequence[Tensor],
     b_list: Sequence[Tensor],
     biases: Sequence[Tensor],
-    scales: Sequence[float],
+    scales: tuple[float, ...],
     mask: Tensor | None,
     *,
     config: HopperConfig,
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[list[Tensor], Tensor] | None:
     """Return all ``y = x wᵀ + h bᵀ + bias``, and ``h = scale·(mask ∘ x) aᵀ`` side by side, (M, P·R).
 
     ``biases``: one a projection, or none. ``mask``: bits of ``dropout_mask``; its factor belongs into scales.
     """
-    ys = [x.new_empty(x.shape[0], w.shape[0]) for w in ws]
-    hidden = x.new_empty(x.shape[0], len(ws) * a_list[0].shape[0])
-    _launch_pass(True, [x], ws, a_list, b_list, ys, biases, hidden, None, scales, mask, config)
-    return ys, hidden
+    M = x.shape[0]
+    ys = [x.new_empty(M, w.shape[0]) for w in ws]
+    hidden = x.new_empty(M, len(ws) * a_list[0].shape[0])
+    lists = ([x], ws, a_list, b_list, ys, biases)
+    zeros = _zeros(x, _flags(M, config))
+    done = _launch_pass(True, lists, hidden, zeros, None, mask, None, scales, config)
+    return (ys, hidden) if done else None
 
 
 def hopper_backward_input(
@@ -155,24 +175,33 @@ def hopper_backward_input(
     a_list: Sequence[Tensor],
     b_list: Sequence[Tensor],
     h: Tensor | None,
-    scales: Sequence[float],
+    scales: tuple[float, ...],
     mask: Tensor | None,
     counters: int = 0,
     *,
     config: HopperConfig,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor] | None:
     """Return ``dx = Σ (dy w + mask ∘ (dh a))``, (M, K), and ``dh = scale·dy b`` side by side, (M, P·R).
 
     With ``h`` of the forward pass, (M, P·R), R ≤ 16, a third result has the parts of ``db = dyᵀ h``, float32
     (SIDES, sum of N, R), of which db is the sum. ``mask`` as in :func:`hopper_forward`. A fourth
-    result is that many ``counters``, int32 zeros.
+    result is at least that many ``counters``, int32 zeros.
     """
-    dx = dys[0].new_empty(dys[0].shape[0], ws[0].shape[1])
-    hidden = dx.new_empty(dx.shape[0], len(ws) * a_list[0].shape[0])
-    rest = _launch_pass(
-        False, dys, ws, b_list, a_list, [dx], [], hidden, h, scales, mask, config, counters=counters
-    )
-    return dx, hidden, *rest
+    M, P, R = dys[0].shape[0], len(ws), a_list[0].shape[0]
+    dx = dys[0].new_empty(M, ws[0].shape[1])
+    hidden = dx.new_empty(M, P * R)
+    # flags and counters, to a multiple of 16 bytes; then the parts of db
+    flags, parts = _flags(M, config), None
+    first = (flags + counters + 3) // 4 * 4
+    if h is None:
+        zeros = _zeros(dx, first)
+    else:
+        wide = ws[0].shape[0] if P == 1 else sum(w.shape[0] for w in ws)
+        zeros = _zeros(dx, first + config.SIDES * wide * R)
+        parts = zeros[first:].view(config.SIDES, wide, R)
+    lists = (dys, ws, b_list, a_list, [dx], ())
+    done = _launch_pass(False, lists, hidden, zeros, parts, mask, h, scales, config)
+    return (dx, hidden, parts, zeros[flags:].view(torch.int32)) if done else None
 
 
 def hopper_matmul(
@@ -184,9 +213,8 @@ def hopper_matmul(
     bias: Tensor | None,
     mask: Tensor | None,
     config: HopperConfig,
-) -> Tensor:
+) -> Tensor | None:
     """Return ``left wᵀ + h bᵀ + bias``, b (N, R); not forward, ``left w + mask ∘ (h b)``, b (R, K)."""
     out = left.new_empty(left.shape[0], w.shape[0 if forward else 1])
-    biases = [] if bias is None else [bias]
-    _launch_pass(forward, [left], [w], [b], [b], [out], biases, h, None, (), mask, config)
-    return out
+    lists = ([left], [w], (), [b], [out], () if bias is None else (bias,))
+    return out if _launch_pass(forward, lists, h, None, None, mask, None, (), config) else None

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from functools import lru_cache
 
-import torch
 import triton
 from torch import Tensor
 
@@ -27,6 +26,8 @@ __all__ = ["backward_config", "forward_config", "lora_backward", "lora_forward",
 _STEP, _TILE = 0.69, 1.5
 _SIDE_STEP, _SIDE_STEP_MASKED, _SIDE_STEP_WIDE = 0.62, 0.90, 0.86
 _PASS, _BYTES_PER_MICROSECOND = 5.0, 2.6e6
+# the part of the last wave's multiprocessors that must have a tile, over all waves
+_FILLED = 0.7
 
 
 def _duration(
@@ -47,8 +48,7 @@ def _duration(
 def _pick(
     tiles: int, steps: int, M: int, side_steps: int, side_step: float, facts: DeviceFacts
 ) -> HopperConfig | None:
-    waves = triton.cdiv(tiles, facts.processors)
-    if tiles < 0.75 * waves * facts.processors:
+    if tiles < _FILLED * triton.cdiv(tiles, facts.processors) * facts.processors:
         return None
     cost = {
         sides: _duration(sides, tiles, steps, M, side_steps, side_step, facts) for sides in (0, 4, 8, 12, 16)
@@ -87,22 +87,16 @@ def backward_config(M: int, Ns: tuple[int, ...], K: int, R: int, facts: DeviceFa
     return _pick(tiles, depth + len(Ns) * triton.cdiv(R, 64), M, depth, _side_step(R, 1, False), facts)
 
 
-def _serves(dtype: torch.dtype, *tensors: Tensor) -> bool:
-    """Whether the copy engine takes these as they are: one 16-bit type, contiguous rows on 16 bytes."""
-    for t in tensors:
-        if t.dtype != dtype or t.stride(1) != 1 or t.stride(0) % 8 or t.stride(0) < t.shape[1]:
-            return False
-        if t.data_ptr() % 16 or t.shape[1] % 8 or not t.shape[0]:
-            return False
-    return dtype.itemsize == 2
-
-
 def _one_rank(a_list: Sequence[Tensor]) -> bool:
     return len(a_list) <= MOST_PROJECTIONS and all(a.shape[0] == a_list[0].shape[0] for a in a_list)
 
 
-def keep_factor(seed: Tensor | None, dropout_p: float) -> float:
-    return 65536 / (65536 - drop_threshold(dropout_p, seed))
+def _scaled(scales: Sequence[float], seed: Tensor | None, dropout_p: float) -> tuple[float, ...]:
+    """Return the scales with the factor of the mask in them."""
+    if seed is None:
+        return tuple(map(float, scales))
+    factor = 65536 / (65536 - drop_threshold(dropout_p, seed))
+    return tuple(scale * factor for scale in scales)
 
 
 def lora_forward(
@@ -116,25 +110,24 @@ def lora_forward(
     dropout_p: float,
 ) -> tuple[list[Tensor], Tensor, Tensor | None] | None:
     """As ``kernels.lora_group_forward``, or None where other kernels should serve; a mask is kept as bits."""
-    (M, K), Ns, R = x.shape, tuple(w.shape[0] for w in ws), a_list[0].shape[0]
+    (M, K), R = x.shape, a_list[0].shape[0]
+    Ns = tuple([w.shape[0] for w in ws])
     config = forward_config(M, Ns, K, R, seed is not None, device_facts(x.device))
-    if config is None or not config.SIDES or any(N % 8 for N in Ns):
+    if config is None or not config.SIDES or not _one_rank(a_list):
         return None
     given = [bias for bias in biases if bias is not None]
-    if len(given) not in (0, len(ws)) or not _one_rank(a_list):
+    if given and len(given) < len(ws):
         return None
-    if R % 8 or not _serves(x.dtype, x, *ws, *a_list, *b_list):
-        return None
-    mask, factor = None, keep_factor(seed, dropout_p)
+    mask = None
     if seed is not None:
         mask = dropout_mask(seed, M, K, drop_threshold(dropout_p, seed))
-    scales = [scale * factor for scale in scales]
-    ys, h = hopper_forward(x, ws, a_list, b_list, given, scales, mask, config=config)
-    return ys, h, mask
+    scales = _scaled(scales, seed, dropout_p)
+    done = hopper_forward(x, ws, a_list, b_list, given, scales, mask, config=config)
+    return None if done is None else (*done, mask)
 
 
 def lora_backward(
-    dys: Sequence[Tensor],
+    dys: Sequence[Tensor | None],
     x: Tensor | None,
     ws: Sequence[Tensor],
     a_list: Sequence[Tensor],
@@ -146,33 +139,40 @@ def lora_backward(
     dropout_p: float,
     need_a: bool,
     need_b: bool,
-) -> tuple[Tensor, Tensor | None, list[Tensor | None]] | None:
+) -> tuple[Tensor, Tensor | None, Sequence[Tensor | None]] | None:
     """Return dx, da of all projections one above the other, and each db; None as in :func:`lora_forward`.
 
     A db that is None though it is needed is left to the caller: dyᵀ h, a pass of its own above 16 ranks.
     """
-    if any(dy is None for dy in dys) or not _one_rank(a_list):
+    if any([dy is None for dy in dys]) or not _one_rank(a_list):
         return None
-    (M, R), P = (dys[0].shape[0], a_list[0].shape[0]), len(ws)
-    Ns, K = tuple(w.shape[0] for w in ws), ws[0].shape[1]
+    (M, R), P, K = (dys[0].shape[0], a_list[0].shape[0]), len(ws), ws[0].shape[1]
+    Ns = tuple([w.shape[0] for w in ws])
     config = backward_config(M, Ns, K, R, device_facts(dys[0].device))
-    if config is None or not config.SIDES or R % 8 or not _serves(dys[0].dtype, *dys, *ws, *a_list, *b_list):
+    if config is None or not config.SIDES:
         return None
     if seed is not None and mask is None:
         mask = dropout_mask(seed, M, K, drop_threshold(dropout_p, seed))
-    factor = keep_factor(seed, dropout_p)
-    scales = [scale * factor for scale in scales]
-    kept = h if need_b and R <= 16 else None
-    counters = factor_counters(K, P * R) if need_a else 0
-    dx, dh, parts, zeros = hopper_backward_input(
-        dys, ws, a_list, b_list, kept, scales, mask, counters, config=config
-    )
+    done = hopper_backward_input(
+        dys, ws, a_list, b_list, h if need_b and R <= 16 else None, _scaled(scales, seed, dropout_p), mask,
+        factor_counters(K, P * R) if need_a else 0, config=config,
+    )  # fmt: skip
+    if done is None:
+        return None
+    dx, dh, parts, zeros = done
     da, db = None, None if parts is None else dh.new_empty(sum(Ns), R)
     if need_a:
         da = factor_gradients(x, dh, mask, zeros, parts, db)
     elif parts is not None:
         sum_parts((parts, db))
-    return dx, da, [None] * P if db is None else list(db.split(Ns))
+    return dx, da, [db] if P == 1 else [None] * P if db is None else db.split(Ns)
+
+
+@lru_cache(maxsize=4096)
+def _worthwhile(M: int, cols: int, facts: DeviceFacts) -> bool:
+    """Whether tiles of 128 x 256 keep the multiprocessors busy."""
+    tiles = triton.cdiv(M, 128) * triton.cdiv(cols, 256)
+    return facts.arch == "sm90" and tiles >= _FILLED * triton.cdiv(tiles, facts.processors) * facts.processors
 
 
 def update_matmul(
@@ -189,18 +189,14 @@ def update_matmul(
 
     ``seed``: not forward, of the mask on the update; then its factor is applied to ``h``.
     """
-    (M, R), (N, K) = h.shape, w.shape
-    facts = device_facts(left.device)
-    if facts.arch != "sm90" or R % 8 or not _serves(left.dtype, left, w):
-        return None
-    tiles = triton.cdiv(M, 128) * triton.cdiv(N if forward else K, 256)
-    if (N if forward else K) % 8 or tiles < 0.75 * triton.cdiv(tiles, facts.processors) * facts.processors:
+    M, (N, K) = h.shape[0], w.shape
+    if left.dtype.itemsize != 2 or not _worthwhile(M, N if forward else K, device_facts(left.device)):
         return None
     mask = None
     if seed is not None:
-        mask = dropout_mask(seed, M, K, drop_threshold(dropout_p, seed))
-        h = h * keep_factor(seed, dropout_p)
-    h, b = h.to(left.dtype), b.to(left.dtype)
-    if not _serves(left.dtype, h, b):
-        return None
-    return hopper_matmul(forward, left, w, h, b, bias, mask, HopperConfig(SIDES=0))
+        threshold = drop_threshold(dropout_p, seed)
+        mask = dropout_mask(seed, M, K, threshold)
+        h = h * (65536 / (65536 - threshold))
+    return hopper_matmul(
+        forward, left, w, h.to(left.dtype), b.to(left.dtype), bias, mask, HopperConfig(SIDES=0)
+    )

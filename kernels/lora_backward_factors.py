@@ -1,11 +1,13 @@
 """The gradients of both factors, after the pass that made dh and the parts of db, in one launch."""
 
+from functools import cache, lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._config import block_rank, device_facts
+from ._config import DeviceFacts, block_rank, device_facts
 from ._launch import Launch, launch
 from ._tiles import add, wide
 
@@ -88,6 +90,16 @@ def _blocks(K: int, R: int) -> tuple[int, int, int]:
     return 64, BLOCK_R, triton.cdiv(K, 64) * triton.cdiv(R, BLOCK_R)
 
 
+@lru_cache(maxsize=4096)
+def _shares(M: int, K: int, R: int, dropout: bool, facts: DeviceFacts) -> tuple[int, int]:
+    """Return the rows of one share, and the number of shares."""
+    programs = (4 if dropout else 2) * facts.processors
+    wanted = max(1, min(round(programs / _blocks(K, R)[2]), triton.cdiv(M, 128), 32))
+    each = triton.cdiv(triton.cdiv(M, wanted), 64) * 64
+    return each, triton.cdiv(M, each)
+
+
+@cache
 def factor_counters(K: int, R: int) -> int:
     """Return how many zeros ``factor_gradients`` wants as counters."""
     return _blocks(K, R)[2]
@@ -129,12 +141,8 @@ def factor_gradients(
     ``counters``: int32 zeros, ``factor_counters(K, R)`` of them or more, which are used up.
     """
     (M, K), R = x.shape, dh.shape[1]
-    blocks = _blocks(K, R)[2]
-    programs = (4 if mask is not None else 2) * device_facts(x.device).processors
-    wanted = max(1, min(round(programs / blocks), triton.cdiv(M, 128), 32))
-    each = triton.cdiv(triton.cdiv(M, wanted), 64) * 64
-    count = triton.cdiv(M, each)
+    each, count = _shares(M, K, R, mask is not None, device_facts(x.device))
     da = dh.new_empty(R, K)
-    shares = None if count == 1 else torch.empty(count, K, R, dtype=torch.float32, device=x.device)
+    shares = None if count == 1 else dh.new_empty((count, K, R), dtype=torch.float32)
     launch(_prepare, (x, dh, mask, da, shares, counters, db_parts, db), each)
     return da
