@@ -139,19 +139,18 @@ def breakdown(layer: nn.Module, M: int, size: int, device: str) -> str:
     """Return where the time of a layer goes, as cProfile sees it; its own cost inflates what is short."""
     step = Step(layer, M, size, device)
     calls = 500 if device == "cuda" else 10
-    node = step.forward().grad_fn
 
-    def backward() -> None:
-        # the node itself, on this thread: autograd calls it on one of its own, where cProfile sees nothing
-        with torch.no_grad():
-            node.apply(step.dy)
+    def both() -> None:
+        torch.autograd.grad(step.forward(), step.leaves, step.dy)
 
     parts = []
-    for name, call in (("forward", step.forward), ("backward", backward)):
+    for name, call in (("forward", step.forward), ("forward and backward", both)):
         for _ in range(_WARM_UP):
             call()
         _wait(device)
-        parts.append(f"{name}, {calls} calls: {_profile(call, calls)}")
+        # on this thread: autograd calls backward on one of its own, where cProfile sees nothing
+        with torch.autograd.set_multithreading_enabled(False):
+            parts.append(f"{name}, {calls} calls: {_profile(call, calls)}")
     return "\n".join(parts)
 
 

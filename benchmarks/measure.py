@@ -100,9 +100,7 @@ def _assign(events: list[dict]) -> dict[str, list[dict[str, object]]]:
     }
     kernels = sorted((e for e in events if e.get("cat") == "kernel"), key=lambda e: float(e["ts"]))
     return {
-        key: [
-            {"name": e["name"], "us": float(e["dur"])} for e in kernels if start <= float(e["ts"]) <= end
-        ]
+        key: [{"name": e["name"], "us": float(e["dur"])} for e in kernels if start <= float(e["ts"]) <= end]
         for key, (start, end) in spans.items()
     }
 

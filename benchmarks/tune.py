@@ -282,9 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("benchmarks: tuning needs a GPU that torch can see\n")
         return 2
     sizes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
-    shapes = [
-        Shape(M, N, K, R, args.dropout) for R in args.ranks for M in args.tokens for K, N in sizes
-    ]
+    shapes = [Shape(M, N, K, R, args.dropout) for R in args.ranks for M in args.tokens for K, N in sizes]
     jobs = {table_key(op, shape): (op, shape) for shape in shapes for op in args.ops}  # equal keys once
     begin, rows = time.monotonic(), []
     gc.freeze()  # each capture collects garbage: what is imported need not be looked at

@@ -53,67 +53,36 @@ def _side_sum(
 
 
 @gluon.jit
-def _masked_step(
-    acc, x, a, words, first, step, l_bufs, r_bufs, empty, full,
-    SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """acc += (mask ∘ x) aᵀ for one tile of x, which the mask meets in registers."""
-    layout: gl.constexpr = acc.type.layout
-    # the same elements in the same threads, two to an int32
-    parent: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, acc.shape[1], 8])
-    in_pairs: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
-    stage = step % STAGES
-    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-    tile = r_bufs.index(stage)._reinterpret(gl.int32, [SIDE_ROWS, SIDE_COLS // 2], in_pairs)
-    small = l_bufs.index(stage)._reinterpret(a.dtype, [acc.shape[1], SIDE_COLS], a.layout)
-    pairs = tile.load(gl.DotOperandLayout(0, parent, 1))
-    left = unpack(pairs & pair_masks(pairs, words), x.dtype, gl.DotOperandLayout(0, layout, 2))
-    acc = warpgroup_mma(left, small.permute((1, 0)), acc, use_acc=first == 0, is_async=True)
-    acc = warpgroup_mma_wait(0, (acc,))
-    mbarrier.arrive(empty.index(stage), count=1)
-    return acc, step + 1
-
-
-@gluon.jit
 def _masked_side_sum(
     acc, x, a, row, steps, step, l_bufs, r_bufs, empty, full, words_ptr, pitch, M,
     SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """acc += (mask ∘ x) aᵀ over a block of rows, four tiles at a time.
-
-    Their words are asked for four tiles ahead: a load must have come when its register is next moved.
-    """
-    W: gl.constexpr = SIDE_COLS // 32
+    """acc += (mask ∘ x) aᵀ over a block of rows; x meets the mask in registers."""
+    WORDS: gl.constexpr = SIDE_COLS // 32
+    layout: gl.constexpr = acc.type.layout
+    # the same elements in the same threads, two to an int32
     parent: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, acc.shape[1], 8])
-    like = gl.zeros((SIDE_ROWS, SIDE_COLS // 2), gl.int32, gl.DotOperandLayout(0, parent, 1))
-    w0 = load_words(like, words_ptr, pitch, row, M, 0)
-    w1 = load_words(like, words_ptr, pitch, row, M, W)
-    w2 = load_words(like, words_ptr, pitch, row, M, 2 * W)
-    w3 = load_words(like, words_ptr, pitch, row, M, 3 * W)
-    for k in range(0, steps, 4):
-        n0 = load_words(like, words_ptr, pitch, row, M, (k + 4) * W)
-        n1 = load_words(like, words_ptr, pitch, row, M, (k + 5) * W)
-        n2 = load_words(like, words_ptr, pitch, row, M, (k + 6) * W)
-        n3 = load_words(like, words_ptr, pitch, row, M, (k + 7) * W)
-        acc, step = _masked_step(
-            acc, x, a, w0, k == 0, step, l_bufs, r_bufs, empty, full, SIDE_ROWS, SIDE_COLS, STAGES
-        )
-        if k + 1 < steps:
-            acc, step = _masked_step(
-                acc, x, a, w1, False, step, l_bufs, r_bufs, empty, full, SIDE_ROWS, SIDE_COLS, STAGES
-            )
-        if k + 2 < steps:
-            acc, step = _masked_step(
-                acc, x, a, w2, False, step, l_bufs, r_bufs, empty, full, SIDE_ROWS, SIDE_COLS, STAGES
-            )
-        if k + 3 < steps:
-            acc, step = _masked_step(
-                acc, x, a, w3, False, step, l_bufs, r_bufs, empty, full, SIDE_ROWS, SIDE_COLS, STAGES
-            )
-        w0 = n0
-        w1 = n1
-        w2 = n2
-        w3 = n3
+    in_pairs: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
+    pairs = gl.zeros((SIDE_ROWS, SIDE_COLS // 2), gl.int32, gl.DotOperandLayout(0, parent, 1))
+    words = load_words(pairs, words_ptr, pitch, row, M, 0)
+    words1 = load_words(pairs, words_ptr, pitch, row, M, WORDS)
+    words2 = load_words(pairs, words_ptr, pitch, row, M, 2 * WORDS)
+    for k in range(steps):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        tile = r_bufs.index(stage)._reinterpret(gl.int32, [SIDE_ROWS, SIDE_COLS // 2], in_pairs)
+        right = l_bufs.index(stage)._reinterpret(a.dtype, [acc.shape[1], SIDE_COLS], a.layout)
+        pairs = tile.load(gl.DotOperandLayout(0, parent, 1))
+        pairs &= pair_masks(pairs, words)
+        words = words1
+        words1 = words2
+        words2 = load_words(pairs, words_ptr, pitch, row, M, (k + 3) * WORDS)
+        left = unpack(pairs, x.dtype, gl.DotOperandLayout(0, layout, 2))
+        acc = warpgroup_mma(left, right.permute((1, 0)), acc, use_acc=k > 0, is_async=True)
+        # at once: registers that the tensor cores still read must not be written
+        acc = warpgroup_mma_wait(0, (acc,))
+        mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
     return acc, step
 
 

@@ -61,11 +61,25 @@ def _serves(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
     return dtype in _GL_TYPES and all(
         t.dtype == dtype
         and t.stride(1) == 1
-        and t.stride(0) % 8 == t.shape[1] % 8 == 0
+        and t.stride(0) % 8 == 0
         and t.stride(0) >= t.shape[1]
         and t.data_ptr() % 16 == 0
         for t in tensors
     )
+
+
+def _factor_boxes(
+    forward: bool, BLOCK_R: int, RANK: int, SIDE_COLS: int, c: HopperConfig
+) -> tuple[list[int], list[int], list[int]]:
+    """Return the boxes of the base weights, of the side's small factors, and of those after the base."""
+    if forward:
+        return [c.BLOCK_N, c.BLOCK_K], [BLOCK_R, SIDE_COLS], [c.BLOCK_N, RANK]
+    return [c.BLOCK_K, c.BLOCK_N], [SIDE_COLS, BLOCK_R], [RANK, c.BLOCK_N]
+
+
+def _programs(M: int, outs: Sequence[Tensor], c: HopperConfig) -> int:
+    tiles = triton.cdiv(M, c.BLOCK_M) * sum(triton.cdiv(out.shape[1], c.BLOCK_N) for out in outs)
+    return min(tiles + c.SIDES, device_facts(outs[0].device).processors)
 
 
 def _prepare(
@@ -90,18 +104,13 @@ def _prepare(
     BLOCK_R = block_rank(R, 128)
     RANK = min(BLOCK_R, c.BLOCK_K)
     SIDE_COLS = 64 if kept is None else c.SIDE_ROWS // 2
-    if forward:
-        shapes = [c.BLOCK_N, c.BLOCK_K], [BLOCK_R, SIDE_COLS], [c.BLOCK_N, RANK]
-    else:
-        shapes = [c.BLOCK_K, c.BLOCK_N], [SIDE_COLS, BLOCK_R], [RANK, c.BLOCK_N]
-    columns = sum(triton.cdiv(out.shape[1], c.BLOCK_N) for out in outs)
-    gemms = min(triton.cdiv(M, c.BLOCK_M) * columns, device_facts(hidden.device).processors - c.SIDES)
-    return Launch.of(hopper_kernel, (gemms + c.SIDES,))(
+    boxes = _factor_boxes(forward, BLOCK_R, RANK, SIDE_COLS, c)
+    return Launch.of(hopper_kernel, (_programs(M, outs, c),))(
         *_boxes(bigs, [c.BLOCK_M, c.BLOCK_K]),
-        *_boxes(ws, shapes[0]),
+        *_boxes(ws, boxes[0]),
         # where nothing is made of the small factors, the kernel takes any descriptor for them
-        *_boxes(smalls or ranks, shapes[1]),
-        *_boxes(ranks, shapes[2]),
+        *_boxes(smalls or ranks, boxes[1]),
+        *_boxes(ranks, boxes[2]),
         *_boxes(outs, [c.BLOCK_M, c.BLOCK_N]),
         _box(hidden, [c.BLOCK_M, RANK]),
         _box(hidden if kept is None else kept, [c.SIDE_ROWS // 2, RANK]),
@@ -162,7 +171,7 @@ def hopper_forward(
     """
     M = x.shape[0]
     ys = [x.new_empty(M, w.shape[0]) for w in ws]
-    hidden = x.new_empty(M, len(ws) * a_list[0].shape[0])
+    hidden = x.new_empty(M, len(ws) * b_list[0].shape[1])
     lists = ([x], ws, a_list, b_list, ys, biases)
     zeros = _zeros(x, _flags(M, config))
     done = _launch_pass(True, lists, hidden, zeros, None, mask, None, scales, config)
@@ -187,7 +196,7 @@ def hopper_backward_input(
     (SIDES, sum of N, R), of which db is the sum. ``mask`` as in :func:`hopper_forward`. A fourth
     result is at least that many ``counters``, int32 zeros.
     """
-    M, P, R = dys[0].shape[0], len(ws), a_list[0].shape[0]
+    M, P, R = dys[0].shape[0], len(ws), b_list[0].shape[1]
     dx = dys[0].new_empty(M, ws[0].shape[1])
     hidden = dx.new_empty(M, P * R)
     # flags and counters, to a multiple of 16 bytes; then the parts of db

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -21,46 +22,43 @@ from .lora_forward import drop_threshold
 
 __all__ = ["backward_config", "forward_config", "lora_backward", "lora_forward", "update_matmul"]
 
-# microseconds, measured on one H100: a step of a tile's sum, what a tile costs beside its steps, 32 KiB
-# through a side program (with a mask, and at 128 ranks), and the overhead of a skinny pass of its own
+# microseconds, measured on one H100: a step of a tile's sum, what a tile costs beside its steps, and 32 KiB
+# through a side program: plain, of 128 ranks, with a mask, and with a mask and more than 32 ranks
 _STEP, _TILE = 0.69, 1.5
-_SIDE_STEP, _SIDE_STEP_MASKED, _SIDE_STEP_WIDE = 0.62, 0.90, 0.86
-_PASS, _BYTES_PER_MICROSECOND = 5.0, 2.6e6
-# the part of the last wave's multiprocessors that must have a tile, over all waves
+_SIDE, _SIDE_WIDE, _SIDE_MASKED, _SIDE_MASKED_WIDE = 0.62, 0.86, 0.78, 0.95
+# a skinny pass of its own: what it costs beside its bytes, with a mask too, and bytes a microsecond
+_PASS, _PASS_MASKED, _BYTES = 5.0, 15.0, 2.6e6
+# the part of the multiprocessors that must have a tile, over all waves
 _FILLED = 0.7
-
-
-def _duration(
-    sides: int, tiles: int, steps: int, M: int, side_steps: int, side_step: float, facts: DeviceFacts
-) -> float:
-    """Return the microseconds that a launch should take, the pass for the hidden factor included."""
-    tile = steps * _STEP + _TILE
-    gemm = triton.cdiv(tiles, facts.processors - sides) * tile
-    if not sides:
-        return gemm + _PASS + M * side_steps * 128 / _BYTES_PER_MICROSECOND
-    block = side_steps * side_step
-    side = triton.cdiv(triton.cdiv(M, 256), sides) * block
-    # the first wave of tiles needs the first eight rows of tiles, four blocks
-    late = max(0.0, triton.cdiv(min(4, triton.cdiv(M, 256)), sides) * block - tile)
-    return max(gemm + late, side)
+_SIDES = 4
 
 
 def _pick(
-    tiles: int, steps: int, M: int, side_steps: int, side_step: float, facts: DeviceFacts
+    tiles: int, steps: int, M: int, side_steps: int, side_step: float, dropout: bool, facts: DeviceFacts
 ) -> HopperConfig | None:
+    """Return the sizes of a launch: with side programs if they are done in time, else without.
+
+    Beside ``_SIDES`` of them a GEMM has as many waves of tiles as without, or one more in many.
+    """
     if tiles < _FILLED * triton.cdiv(tiles, facts.processors) * facts.processors:
         return None
-    cost = {
-        sides: _duration(sides, tiles, steps, M, side_steps, side_step, facts) for sides in (0, 4, 8, 12, 16)
-    }
-    return HopperConfig(SIDES=min(cost, key=cost.__getitem__))
+    tile = steps * _STEP + _TILE
+    apart = _PASS_MASKED if dropout else _PASS
+    without = triton.cdiv(tiles, facts.processors) * tile + apart + M * side_steps * 128 / _BYTES
+    block, blocks = side_steps * side_step, triton.cdiv(M, 256)
+    # the first wave of tiles needs the first eight rows of tiles, four blocks
+    late = max(0.0, block - tile)
+    beside = max(
+        triton.cdiv(tiles, facts.processors - _SIDES) * tile + late, triton.cdiv(blocks, _SIDES) * block
+    )
+    return HopperConfig(SIDES=_SIDES if beside <= 1.02 * without else 0)
 
 
 def _side_step(R: int, P: int, dropout: bool) -> float:
     wide = block_rank(R, 128) * triton.next_power_of_2(P)
     if dropout:
-        return _SIDE_STEP_MASKED * (1 if wide <= 32 else 1.3)
-    return _SIDE_STEP if wide <= 64 else _SIDE_STEP_WIDE
+        return _SIDE_MASKED if wide <= 32 else _SIDE_MASKED_WIDE
+    return _SIDE if wide <= 64 else _SIDE_WIDE
 
 
 @lru_cache(maxsize=4096)
@@ -74,7 +72,7 @@ def forward_config(
         return None
     tiles = triton.cdiv(M, 128) * sum(triton.cdiv(N, 256) for N in Ns)
     steps = triton.cdiv(K, 64) + triton.cdiv(R, 64)
-    return _pick(tiles, steps, M, triton.cdiv(K, 64), _side_step(R, len(Ns), dropout), facts)
+    return _pick(tiles, steps, M, triton.cdiv(K, 64), _side_step(R, len(Ns), dropout), dropout, facts)
 
 
 @lru_cache(maxsize=4096)
@@ -84,11 +82,16 @@ def backward_config(M: int, Ns: tuple[int, ...], K: int, R: int, facts: DeviceFa
         return None
     tiles = triton.cdiv(M, 128) * triton.cdiv(K, 256)
     depth = sum(triton.cdiv(N, 64) for N in Ns)
-    return _pick(tiles, depth + len(Ns) * triton.cdiv(R, 64), M, depth, _side_step(R, 1, False), facts)
+    return _pick(tiles, depth + len(Ns) * triton.cdiv(R, 64), M, depth, _side_step(R, 1, False), False, facts)
 
 
 def _one_rank(a_list: Sequence[Tensor]) -> bool:
     return len(a_list) <= MOST_PROJECTIONS and all(a.shape[0] == a_list[0].shape[0] for a in a_list)
+
+
+def _padded(t: Tensor) -> Tensor:
+    """Return ``t`` with rows that start on 16 bytes: zeros beside them if need be."""
+    return t if t.stride(0) % 8 == 0 and t.stride(1) == 1 else F.pad(t, (0, -t.shape[1] % 8))
 
 
 def _scaled(scales: Sequence[float], seed: Tensor | None, dropout_p: float) -> tuple[float, ...]:
@@ -115,6 +118,10 @@ def lora_forward(
     config = forward_config(M, Ns, K, R, seed is not None, device_facts(x.device))
     if config is None or not config.SIDES or not _one_rank(a_list):
         return None
+    if R % 8:
+        if len(ws) > 1:
+            return None
+        b_list = [_padded(b_list[0])]
     given = [bias for bias in biases if bias is not None]
     if given and len(given) < len(ws):
         return None
@@ -123,7 +130,10 @@ def lora_forward(
         mask = dropout_mask(seed, M, K, drop_threshold(dropout_p, seed))
     scales = _scaled(scales, seed, dropout_p)
     done = hopper_forward(x, ws, a_list, b_list, given, scales, mask, config=config)
-    return None if done is None else (*done, mask)
+    if done is None:
+        return None
+    ys, h = done
+    return ys, h if R % 8 == 0 else h[:, :R], mask
 
 
 def lora_backward(
@@ -144,13 +154,15 @@ def lora_backward(
 
     A db that is None though it is needed is left to the caller: dyᵀ h, a pass of its own above 16 ranks.
     """
-    if any([dy is None for dy in dys]) or not _one_rank(a_list):
+    if any(dy is None for dy in dys) or not _one_rank(a_list):
         return None
     (M, R), P, K = (dys[0].shape[0], a_list[0].shape[0]), len(ws), ws[0].shape[1]
     Ns = tuple([w.shape[0] for w in ws])
     config = backward_config(M, Ns, K, R, device_facts(dys[0].device))
-    if config is None or not config.SIDES:
+    if config is None or not config.SIDES or (R % 8 and P > 1):
         return None
+    if R % 8:
+        b_list, h = [_padded(b_list[0])], None if h is None else _padded(h)
     if seed is not None and mask is None:
         mask = dropout_mask(seed, M, K, drop_threshold(dropout_p, seed))
     done = hopper_backward_input(
@@ -160,12 +172,22 @@ def lora_backward(
     if done is None:
         return None
     dx, dh, parts, zeros = done
-    da, db = None, None if parts is None else dh.new_empty(sum(Ns), R)
-    if need_a:
-        da = factor_gradients(x, dh, mask, zeros, parts, db)
-    elif parts is not None:
-        sum_parts((parts, db))
+    da, db = _gradients_of_factors(x, dh if R % 8 == 0 else dh[:, :R], mask, parts, zeros, need_a)
+    if db is not None and R % 8:
+        db = db[:, :R].contiguous()
     return dx, da, [db] if P == 1 else [None] * P if db is None else db.split(Ns)
+
+
+def _gradients_of_factors(
+    x: Tensor | None, dh: Tensor, mask: Tensor | None, parts: Tensor | None, zeros: Tensor, need_a: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return da, and db if there are parts of it."""
+    db = None if parts is None else dh.new_empty(parts.shape[1:])
+    if need_a:
+        return factor_gradients(x, dh, mask, zeros, parts, db), db
+    if parts is not None:
+        sum_parts((parts, db))
+    return None, db
 
 
 @lru_cache(maxsize=4096)

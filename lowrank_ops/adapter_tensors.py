@@ -20,9 +20,7 @@ CONFIG, WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _BIAS = re.compile(r"base_model\.model\.((?:.+\.)?)(?:base_layer\.)?bias")
 # what PEFT adds by itself for an adapter on a head, and for embeddings
-_COPY = re.compile(
-    r"base_model\.model\.(?:(.+)\.base_layer|((?:.+\.)?(?:embed_tokens|lm_head)))\.weight"
-)
+_COPY = re.compile(r"base_model\.model\.(?:(.+)\.base_layer|((?:.+\.)?(?:embed_tokens|lm_head)))\.weight")
 
 
 class Tensors(NamedTuple):

@@ -157,7 +157,8 @@ def _tensors(result: object, like: Tensor) -> object:
     if isinstance(result, list):
         own = [_tensors(t, like) for t in result]
         return [t.clone() if t.untyped_storage().nbytes() > t.nbytes else t for t in own]
-    return result
+    # the rows of h may be padded; a compiler was told that they are not
+    return result.contiguous()
 
 
 def register(resolve: Callable[[str], ModuleType]) -> torch.library.Library:
