@@ -19,6 +19,7 @@ __all__ = [
     "device_facts",
     "dot_precision",
     "interpreted",
+    "measured_rows",
     "pick",
     "pick_for",
     "small_tiles",
@@ -259,7 +260,8 @@ _INTERPRETED = {
 
 
 @cache
-def _table(arch: str) -> dict[str, dict]:
+def measured_rows(arch: str) -> dict[str, dict]:
+    """Return the rows of an architecture's table, by launch and sizes."""
     path = Path(__file__).parent / "_tables" / f"{arch}.json"
     return json.loads(path.read_text())["rows"] if path.exists() else {}
 
@@ -289,7 +291,7 @@ def pick(
         return _INTERPRETED[op]
     gemm = op in ("lora_forward", "lora_backward_input")
     if gemm and dtype.itemsize == 2 and R <= 64:
-        row = _table(facts.arch).get(f"{op} M={1 << max(M - 1, 0).bit_length()} N={N} K={K}")
+        row = measured_rows(facts.arch).get(f"{op} M={1 << max(M - 1, 0).bit_length()} N={N} K={K}")
         if row is not None and not (wide and dropout):
             # with few tiles, more ranks cost the fused kernel more than a pass of their own
             crowded = R > 32 and 16 < M and M * (N if op == "lora_forward" else K) <= 2**21

@@ -17,6 +17,8 @@ __all__ = [
     "gl",
     "gluon",
     "mbarrier",
+    "reinterpret",
+    "thread_barrier",
     "tma_load",
     "tma_store",
     "tma_store_wait",
@@ -28,3 +30,7 @@ __all__ = [
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 tma_store_wait = tma.store_wait
+reinterpret = (
+    getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+)
+thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier

@@ -13,6 +13,7 @@ from ._gluon import (
     gl,
     gluon,
     mbarrier,
+    reinterpret,
     tma_load,
     tma_store,
 )
@@ -142,8 +143,8 @@ def _forward_producer(
             stage = step % STAGES
             bar = full.index(stage)
             mbarrier.expect(bar, hid.block_type.nbytes + b0.block_type.nbytes)
-            left = l_bufs.index(stage)._reinterpret(hid.dtype, hid.block_type.shape, hid.layout)
-            right = r_bufs.index(stage)._reinterpret(b0.dtype, b0.block_type.shape, b0.layout)
+            left = reinterpret(l_bufs.index(stage), hid.dtype, hid.block_type.shape, hid.layout)
+            right = reinterpret(r_bufs.index(stage), b0.dtype, b0.block_type.shape, b0.layout)
             tma_load(hid, [row, which * R + r], bar, left)
             _load_of(b0, b1, b2, which, col, r, bar, right, P)
             step += 1
@@ -171,8 +172,8 @@ def _backward_rank(hid, a, row, col, at, R, step, l_bufs, r_bufs, empty, full, S
         stage = step % STAGES
         bar = full.index(stage)
         mbarrier.expect(bar, hid.block_type.nbytes + a.block_type.nbytes)
-        left = l_bufs.index(stage)._reinterpret(hid.dtype, hid.block_type.shape, hid.layout)
-        right = r_bufs.index(stage)._reinterpret(a.dtype, a.block_type.shape, a.layout)
+        left = reinterpret(l_bufs.index(stage), hid.dtype, hid.block_type.shape, hid.layout)
+        right = reinterpret(r_bufs.index(stage), a.dtype, a.block_type.shape, a.layout)
         tma_load(hid, [row, at + r], bar, left)
         tma_load(a, [r, col], bar, right)
         step += 1
@@ -218,7 +219,7 @@ def _side_load(big, row, k, buf, bar, SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.con
     COLS: gl.constexpr = big.block_type.shape[1]
     DOWN: gl.constexpr = SIDE_ROWS // ROWS
     BOXES: gl.constexpr = DOWN * (SIDE_COLS // COLS)
-    view = buf._reinterpret(big.dtype, [BOXES, ROWS, COLS], big.layout)
+    view = reinterpret(buf, big.dtype, [BOXES, ROWS, COLS], big.layout)
     for i in gl.static_range(BOXES):
         tma_load(big, [row + i % DOWN * ROWS, k + i // DOWN * COLS], bar, view.index(i))
 
@@ -236,7 +237,7 @@ def _side_forward_producer(
             _free_stage(step, empty, STAGES)
             stage = step % STAGES
             bar = full.index(stage)
-            small = l_bufs.index(stage)._reinterpret(a0.dtype, SMALL, a0.layout)
+            small = reinterpret(l_bufs.index(stage), a0.dtype, SMALL, a0.layout)
             mbarrier.expect(bar, SIDE_ROWS * SIDE_COLS * 2 + P * a0.block_type.nbytes)
             tma_load(a0, [0, k], bar, small.index(0))
             if P > 1:
@@ -256,7 +257,7 @@ def _side_backward_step(
     stage = step % STAGES
     bar = full.index(stage)
     mbarrier.expect(bar, ROWS * COLS * 2 + b.block_type.nbytes)
-    tma_load(b, [k, 0], bar, l_bufs.index(stage)._reinterpret(b.dtype, b.block_type.shape, b.layout))
+    tma_load(b, [k, 0], bar, reinterpret(l_bufs.index(stage), b.dtype, b.block_type.shape, b.layout))
     _side_load(dy, row, k, r_bufs.index(stage), bar, ROWS, COLS)
     return step + 1
 
@@ -275,7 +276,7 @@ def _side_backward_segment(
         _free_stage(step, empty, STAGES)
         bar = full.index(step % STAGES)
         H: gl.constexpr = [4, HALF, kept.block_type.shape[1]]
-        h = y_buf._reinterpret(kept.dtype, H, kept.layout)
+        h = reinterpret(y_buf, kept.dtype, H, kept.layout)
         mbarrier.expect(bar, 2 * kept.block_type.nbytes)
         tma_load(kept, [row, at], bar, h.index(2 * (count & 1)))
         tma_load(kept, [row + HALF, at], bar, h.index(2 * (count & 1) + 1))

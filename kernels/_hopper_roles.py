@@ -5,6 +5,7 @@ from ._gluon import (
     gl,
     gluon,
     mbarrier,
+    reinterpret,
     tma_store_wait,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -81,9 +82,9 @@ def _gemm_consumer(
         for _ in range(rank_steps):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-            left = l_bufs.index(stage)._reinterpret(hid.dtype, hid.block_type.shape, hid.layout)
-            right = r_bufs.index(stage)._reinterpret(
-                rank_desc.dtype, rank_desc.block_type.shape, rank_desc.layout
+            left = reinterpret(l_bufs.index(stage), hid.dtype, hid.block_type.shape, hid.layout)
+            right = reinterpret(
+                r_bufs.index(stage), rank_desc.dtype, rank_desc.block_type.shape, rank_desc.layout
             )
             if FORWARD:
                 right = right.permute((1, 0))

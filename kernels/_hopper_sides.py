@@ -4,6 +4,8 @@ from ._gluon import (
     gl,
     gluon,
     mbarrier,
+    reinterpret,
+    thread_barrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -15,7 +17,7 @@ from ._hopper_masks import load_words, pair_masks, unpack
 def _raise_flag(flag_ptr):
     """Let others read what this program's threads have written, by bulk copies too."""
     _proxy_fence(gl.to_tensor(0))
-    gl.thread_barrier()
+    thread_barrier()
     gl.atomic_xchg(flag_ptr, 1, sem="release", scope="gpu")
 
 
@@ -42,8 +44,8 @@ def _side_sum(
     for k in range(steps):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        left = r_bufs.index(stage)._reinterpret(x.dtype, [SIDE_ROWS, SIDE_COLS], x.layout)
-        right = l_bufs.index(stage)._reinterpret(a.dtype, [acc.shape[1], SIDE_COLS], a.layout)
+        left = reinterpret(r_bufs.index(stage), x.dtype, [SIDE_ROWS, SIDE_COLS], x.layout)
+        right = reinterpret(l_bufs.index(stage), a.dtype, [acc.shape[1], SIDE_COLS], a.layout)
         acc = warpgroup_mma(left, right.permute((1, 0)), acc, use_acc=k > 0, is_async=True)
         # products are short: a stage that is free at once is worth more than one in flight
         acc = warpgroup_mma_wait(0, (acc,))
@@ -70,8 +72,8 @@ def _masked_side_sum(
     for k in range(steps):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        tile = r_bufs.index(stage)._reinterpret(gl.int32, [SIDE_ROWS, SIDE_COLS // 2], in_pairs)
-        right = l_bufs.index(stage)._reinterpret(a.dtype, [acc.shape[1], SIDE_COLS], a.layout)
+        tile = reinterpret(r_bufs.index(stage), gl.int32, [SIDE_ROWS, SIDE_COLS // 2], in_pairs)
+        right = reinterpret(l_bufs.index(stage), a.dtype, [acc.shape[1], SIDE_COLS], a.layout)
         pairs = tile.load(gl.DotOperandLayout(0, parent, 1))
         pairs &= pair_masks(pairs, words)
         words = words1
@@ -125,8 +127,8 @@ def _side_hidden(
     for k in range(gl.cdiv(depth, SIDE_COLS)):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        left = r_bufs.index(stage)._reinterpret(dy.dtype, [SIDE_ROWS, SIDE_COLS], dy.layout)
-        right = l_bufs.index(stage)._reinterpret(b.dtype, b.block_type.shape, b.layout)
+        left = reinterpret(r_bufs.index(stage), dy.dtype, [SIDE_ROWS, SIDE_COLS], dy.layout)
+        right = reinterpret(l_bufs.index(stage), b.dtype, b.block_type.shape, b.layout)
         acc = warpgroup_mma(left, right, acc, use_acc=k > 0, is_async=True)
         acc = warpgroup_mma_wait(0, (acc,))
         mbarrier.arrive(empty.index(stage), count=1)
@@ -151,8 +153,8 @@ def _half_step(
     """Start acc += dy b and part += dyᵀ h for a square tile of dy."""
     stage = step % STAGES
     mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-    left = r_bufs.index(stage)._reinterpret(dy.dtype, [HALF, HALF], dy.layout)
-    right = l_bufs.index(stage)._reinterpret(b.dtype, b.block_type.shape, b.layout)
+    left = reinterpret(r_bufs.index(stage), dy.dtype, [HALF, HALF], dy.layout)
+    right = reinterpret(l_bufs.index(stage), b.dtype, b.block_type.shape, b.layout)
     acc = warpgroup_mma(left, right, acc, is_async=True)
     part = warpgroup_mma(left.permute((1, 0)), h, part, use_acc=add, is_async=True)
     return acc, part
@@ -170,7 +172,7 @@ def _side_hidden_b(
     mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
     mbarrier.arrive(empty.index(step % STAGES), count=1)
     step += 1
-    h = y_buf._reinterpret(kept.dtype, H, kept.layout)
+    h = reinterpret(y_buf, kept.dtype, H, kept.layout)
     above = gl.zeros((HALF, BLOCK_R), gl.float32, layout)
     below = gl.zeros((HALF, BLOCK_R), gl.float32, layout)
     done = gl.zeros((HALF, BLOCK_R), gl.float32, layout)

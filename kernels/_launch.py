@@ -7,6 +7,7 @@ is kept, which calls the compiled kernel itself.
 
 from collections.abc import Callable
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ._triton_api import DescriptorMaker, bind, current_stream, descriptor_makers, is_descriptor, may_bypass
 
-__all__ = ["Launch", "launch"]
+__all__ = ["Launch", "Part", "launch"]
 
 _MOST_PLANS = 4096
 _MOST_DESCRIPTORS = 16384  # about 500 bytes each
@@ -32,6 +33,21 @@ class Launch(NamedTuple):
     def of(cls, kernel: object, grid: tuple[int, ...]) -> Callable[..., "Launch"]:
         """Return what is called as ``kernel[grid]`` is, and launches nothing yet."""
         return lambda *args, **constants: cls(kernel, grid, args, constants)
+
+
+class Part(NamedTuple):
+    """A contiguous part of a contiguous ``base``, made a tensor only where Triton asks for one."""
+
+    base: Tensor
+    start: int  # element of base
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # as wide as that of base
+
+    def data_ptr(self) -> int:
+        return self.base.data_ptr() + self.start * self.base.element_size()
+
+    def tensor(self) -> Tensor:
+        return self.base[self.start : self.start + prod(self.shape)].view(self.dtype).view(self.shape)
 
 
 class Plan(NamedTuple):
@@ -66,22 +82,28 @@ def _encoded(maker: DescriptorMaker, address: int) -> object:
 
 
 def launch(
-    prepare: Callable[..., Launch | None], tensors: tuple[Tensor | None, ...], *numbers: object
+    prepare: Callable[..., Launch | None],
+    tensors: tuple[Tensor | None, ...],
+    *numbers: object,
+    fresh: tuple[Tensor | Part | None, ...] = (),
 ) -> bool:
-    """Launch ``prepare(*tensors, *numbers)`` and return True; or False, if that is None.
+    """Launch ``prepare(*tensors, *fresh, *numbers)`` and return True; or False, if that is None.
 
     Args:
         prepare: makes the launch. Must be a function of the shapes, strides, dtypes and device of the
             tensors, of their addresses modulo 16, and of ``numbers``; of nothing else. Whatever tensor or
-            descriptor it puts among the arguments must be one of ``tensors``, or be based on one.
-        tensors: on the current device, or None.
+            descriptor it puts among the arguments must be one of the tensors, or be based on one.
+        tensors: on the current device, or None; the first that is not says which device.
         numbers: hashable; equal ones of different types (1 and 1.0) must make the same launch.
+        fresh: what the caller has just allocated, or None. Of these the plan is told by addresses alone:
+            dtypes, strides, and what ``prepare`` reads of shapes must follow from the rest.
     """
-    key, addresses = plan_key(prepare, tensors, numbers)
+    key, addresses = plan_key(prepare, tensors, numbers, fresh)
     plan = _plans.get(key)
     if plan is not None and may_bypass(plan.kernel):
         plan.run(key[1], addresses)
         return True
+    tensors = (*tensors, *[t.tensor() if isinstance(t, Part) else t for t in fresh])
     what = prepare(*tensors, *numbers)
     if what is None:
         return False
@@ -95,7 +117,10 @@ def launch(
 
 
 def plan_key(
-    prepare: Callable[..., Launch], tensors: tuple[Tensor | None, ...], numbers: tuple[object, ...]
+    prepare: Callable[..., Launch],
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[object, ...],
+    fresh: tuple[Tensor | Part | None, ...] = (),
 ) -> tuple[tuple, list[int | None]]:
     """Return all that a launch depends on but addresses, and the addresses.
 
@@ -111,6 +136,14 @@ def plan_key(
             address = t.data_ptr()
             addresses.append(address)
             key += (t.shape, t.stride(), t.dtype, address & 15)
+    for t in fresh:
+        if t is None:
+            key.append(None)
+            addresses.append(None)
+        else:
+            address = t.data_ptr()
+            addresses.append(address)
+            key.append(address & 15)
     if on_gpu(tensors):
         key[1] = torch.cuda.current_device()
     return tuple(key), addresses
@@ -118,7 +151,10 @@ def plan_key(
 
 def on_gpu(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether the first tensor that there is lies on a GPU."""
-    return next(t for t in tensors if t is not None).is_cuda
+    for t in tensors:
+        if t is not None:
+            return t.is_cuda
+    return False
 
 
 def _repeats(tensors: tuple[Tensor | None, ...]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ._config import block_rank, device_facts
 from ._gluon import TensorDescriptor, gl
 from ._hopper_roles import hopper_kernel
-from ._launch import Launch, launch
+from ._launch import Launch, Part, launch
 
 __all__ = ["HopperConfig", "hopper_backward_input", "hopper_forward", "hopper_matmul"]
 
@@ -82,21 +82,14 @@ def _programs(M: int, outs: Sequence[Tensor], c: HopperConfig) -> int:
     return min(tiles + c.SIDES, device_facts(outs[0].device).processors)
 
 
-def _prepare(
-    hidden: Tensor,
-    zeros: Tensor | None,
-    parts: Tensor | None,
-    mask: Tensor | None,
-    kept: Tensor | None,
-    *rest: object,
-) -> Launch | None:
-    """Lay out a launch; ``rest``: the lists of ``_launch_pass``, then their lengths and its numbers."""
-    *tensors, lengths, forward, scales, c = rest
+def _prepare(*everything: object) -> Launch | None:
+    """Lay out a launch; ``everything``: what ``_launch_pass`` gives to ``launch``, in that order."""
+    *tensors, lengths, forward, scales, c = everything
     tensors = iter(tensors)
-    bigs, ws, smalls, ranks, outs, biases = ([next(tensors) for _ in range(n)] for n in lengths)
-    if not _serves(
-        [hidden, *bigs, *ws, *smalls, *ranks, *outs, *([] if kept is None else [kept])], hidden.dtype
-    ):
+    bigs, ws, smalls, ranks, biases = ([next(tensors) for _ in range(n)] for n in lengths)
+    mask, kept, hidden, zeros, parts, *outs = tensors
+    operands = [hidden, *bigs, *ws, *smalls, *ranks, *outs, *([] if kept is None else [kept])]
+    if not _serves(operands, hidden.dtype) or any(bias.stride(0) != 1 for bias in biases):
         return None
     flags = hidden if zeros is None else zeros
     M, K, P = bigs[0].shape[0], ws[0].shape[1], len(ws)
@@ -120,30 +113,31 @@ def _prepare(
         FORWARD=forward, BIAS=len(biases) > 0, DROP=mask is not None, DB=kept is not None,
         SIDES=c.SIDES, P=P, SLOTS=triton.next_power_of_2(P), GROUP_M=c.GROUP_M,
         BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, BLOCK_R=BLOCK_R,
-        SIDE_ROWS=c.SIDE_ROWS, SIDE_COLS=SIDE_COLS, STAGES=c.STAGES, num_warps=8, maxnreg=168,
+        SIDE_ROWS=c.SIDE_ROWS, SIDE_COLS=SIDE_COLS, STAGES=c.STAGES,
+        num_warps=8, maxnreg=168, enable_fp_fusion=True,
     )  # fmt: skip
 
 
 def _launch_pass(
     forward: bool,
     lists: tuple[Sequence[Tensor], ...],
-    hidden: Tensor,
-    zeros: Tensor | None,
-    parts: Tensor | None,
     mask: Tensor | None,
     kept: Tensor | None,
+    given: tuple[Tensor, ...],
+    fresh: tuple[Tensor | Part | None, ...],
     scales: tuple[float, ...],
     config: HopperConfig,
 ) -> bool:
     """Launch and return True, or False if the kernels do not take the tensors as they are.
 
     ``lists``: what is multiplied by the base weights and by the small factors, base weights, small factors,
-    those that the hidden factor is multiplied by, outputs, biases.
+    those that the hidden factor is multiplied by, biases. ``given`` and ``fresh``: together the hidden one,
+    zeros, parts of db, outputs; fresh those that are allocated here.
     """
-    bigs, ws, smalls, ranks, outs, biases = lists
-    lengths = (len(bigs), len(ws), len(smalls), len(ranks), len(outs), len(biases))
-    tensors = (hidden, zeros, parts, mask, kept, *bigs, *ws, *smalls, *ranks, *outs, *biases)
-    return launch(_prepare, tensors, lengths, forward, scales, config)
+    bigs, ws, smalls, ranks, biases = lists
+    lengths = (len(bigs), len(ws), len(smalls), len(ranks), len(biases))
+    tensors = (*bigs, *ws, *smalls, *ranks, *biases, mask, kept, *given)
+    return launch(_prepare, tensors, lengths, forward, scales, config, fresh=fresh)
 
 
 def _zeros(like: Tensor, count: int) -> Tensor:
@@ -172,9 +166,9 @@ def hopper_forward(
     M = x.shape[0]
     ys = [x.new_empty(M, w.shape[0]) for w in ws]
     hidden = x.new_empty(M, len(ws) * b_list[0].shape[1])
-    lists = ([x], ws, a_list, b_list, ys, biases)
     zeros = _zeros(x, _flags(M, config))
-    done = _launch_pass(True, lists, hidden, zeros, None, mask, None, scales, config)
+    lists, fresh = ((x,), ws, a_list, b_list, biases), (hidden, zeros, None, *ys)
+    done = _launch_pass(True, lists, mask, None, (), fresh, scales, config)
     return (ys, hidden) if done else None
 
 
@@ -189,7 +183,7 @@ def hopper_backward_input(
     counters: int = 0,
     *,
     config: HopperConfig,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor] | None:
+) -> tuple[Tensor, Tensor, Part | None, Part] | None:
     """Return ``dx = Σ (dy w + mask ∘ (dh a))``, (M, K), and ``dh = scale·dy b`` side by side, (M, P·R).
 
     With ``h`` of the forward pass, (M, P·R), R ≤ 16, a third result has the parts of ``db = dyᵀ h``, float32
@@ -207,10 +201,10 @@ def hopper_backward_input(
     else:
         wide = ws[0].shape[0] if P == 1 else sum(w.shape[0] for w in ws)
         zeros = _zeros(dx, first + config.SIDES * wide * R)
-        parts = zeros[first:].view(config.SIDES, wide, R)
-    lists = (dys, ws, b_list, a_list, [dx], ())
-    done = _launch_pass(False, lists, hidden, zeros, parts, mask, h, scales, config)
-    return (dx, hidden, parts, zeros[flags:].view(torch.int32)) if done else None
+        parts = Part(zeros, first, (config.SIDES, wide, R), torch.float32)
+    lists, fresh = (dys, ws, b_list, a_list, ()), (hidden, zeros, parts, dx)
+    done = _launch_pass(False, lists, mask, h, (), fresh, scales, config)
+    return (dx, hidden, parts, Part(zeros, flags, (counters,), torch.int32)) if done else None
 
 
 def hopper_matmul(
@@ -225,5 +219,6 @@ def hopper_matmul(
 ) -> Tensor | None:
     """Return ``left wᵀ + h bᵀ + bias``, b (N, R); not forward, ``left w + mask ∘ (h b)``, b (R, K)."""
     out = left.new_empty(left.shape[0], w.shape[0 if forward else 1])
-    lists = ([left], [w], (), [b], [out], () if bias is None else (bias,))
-    return out if _launch_pass(forward, lists, h, None, None, mask, None, (), config) else None
+    lists = ((left,), (w,), (), (b,), () if bias is None else (bias,))
+    done = _launch_pass(forward, lists, mask, None, (h,), (None, None, out), (), config)
+    return out if done else None

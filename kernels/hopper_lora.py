@@ -1,13 +1,15 @@
 """LoRA layers on Hopper: when the kernels of ``hopper`` serve them, with which sizes, and in which order."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ._config import DeviceFacts, block_rank, device_facts
+from ._config import DeviceFacts, block_rank, device_facts, measured_rows
+from ._launch import Part
 from ._sum_parts import sum_parts
 from .dropout_mask import dropout_mask
 from .hopper import (
@@ -33,6 +35,22 @@ _FILLED = 0.7
 _SIDES = 4
 
 
+def table_key(op: str, M: int, N: int, K: int) -> str:
+    """Return the key of a launch in the tables, which hold M by powers of two."""
+    return f"{op} M={1 << max(M - 1, 0).bit_length()} N={N} K={K}"
+
+
+def _as_measured(
+    picked: HopperConfig | None, op: str, M: int, N: int, K: int, like_measured: bool, facts: DeviceFacts
+) -> HopperConfig | None:
+    """Return ``picked`` as the tables have it; where the launch differs from theirs, in tile order alone."""
+    row = measured_rows(facts.arch).get(table_key(op, M, N, K))
+    if row is None or picked is None:
+        return picked
+    measured = HopperConfig(**row)
+    return measured if like_measured else replace(picked, GROUP_M=measured.GROUP_M)
+
+
 def _pick(
     tiles: int, steps: int, M: int, side_steps: int, side_step: float, dropout: bool, facts: DeviceFacts
 ) -> HopperConfig | None:
@@ -40,7 +58,7 @@ def _pick(
 
     Beside ``_SIDES`` of them a GEMM has as many waves of tiles as without, or one more in many.
     """
-    if tiles < _FILLED * triton.cdiv(tiles, facts.processors) * facts.processors:
+    if not tiles or tiles < _FILLED * triton.cdiv(tiles, facts.processors) * facts.processors:
         return None
     tile = steps * _STEP + _TILE
     apart = _PASS_MASKED if dropout else _PASS
@@ -66,13 +84,14 @@ def forward_config(
     M: int, Ns: tuple[int, ...], K: int, R: int, dropout: bool, facts: DeviceFacts
 ) -> HopperConfig | None:
     """Return the sizes of a forward launch, or None where other kernels should serve it."""
-    if facts.arch != "sm90" or triton.next_power_of_2(len(Ns)) * block_rank(R, 128) > (
-        64 if dropout else 128
-    ):
+    wide = triton.next_power_of_2(len(Ns)) * block_rank(R, 128)
+    if facts.arch != "sm90" or R > 128 or wide > (64 if dropout else 128):
         return None
     tiles = triton.cdiv(M, 128) * sum(triton.cdiv(N, 256) for N in Ns)
     steps = triton.cdiv(K, 64) + triton.cdiv(R, 64)
-    return _pick(tiles, steps, M, triton.cdiv(K, 64), _side_step(R, len(Ns), dropout), dropout, facts)
+    picked = _pick(tiles, steps, M, triton.cdiv(K, 64), _side_step(R, len(Ns), dropout), dropout, facts)
+    like_measured = len(Ns) == 1 and R <= 16 and not dropout
+    return _as_measured(picked, "hopper_forward", M, sum(Ns), K, like_measured, facts)
 
 
 @lru_cache(maxsize=4096)
@@ -82,11 +101,21 @@ def backward_config(M: int, Ns: tuple[int, ...], K: int, R: int, facts: DeviceFa
         return None
     tiles = triton.cdiv(M, 128) * triton.cdiv(K, 256)
     depth = sum(triton.cdiv(N, 64) for N in Ns)
-    return _pick(tiles, depth + len(Ns) * triton.cdiv(R, 64), M, depth, _side_step(R, 1, False), False, facts)
+    steps = depth + len(Ns) * triton.cdiv(R, 64)
+    picked = _pick(tiles, steps, M, depth, _side_step(R, 1, False), False, facts)
+    like_measured = len(Ns) == 1 and R <= 16
+    return _as_measured(picked, "hopper_backward_input", M, sum(Ns), K, like_measured, facts)
 
 
 def _one_rank(a_list: Sequence[Tensor]) -> bool:
-    return len(a_list) <= MOST_PROJECTIONS and all(a.shape[0] == a_list[0].shape[0] for a in a_list)
+    """Whether ranks are one number, and a box of the hidden factor holds those of one projection alone.
+
+    Or infinities in one projection's h would reach the others.
+    """
+    R = a_list[0].shape[0]
+    return len(a_list) == 1 or (
+        len(a_list) <= MOST_PROJECTIONS and block_rank(R, 128) == R and all(a.shape[0] == R for a in a_list)
+    )
 
 
 def _padded(t: Tensor) -> Tensor:
@@ -119,8 +148,6 @@ def lora_forward(
     if config is None or not config.SIDES or not _one_rank(a_list):
         return None
     if R % 8:
-        if len(ws) > 1:
-            return None
         b_list = [_padded(b_list[0])]
     given = [bias for bias in biases if bias is not None]
     if given and len(given) < len(ws):
@@ -159,7 +186,7 @@ def lora_backward(
     (M, R), P, K = (dys[0].shape[0], a_list[0].shape[0]), len(ws), ws[0].shape[1]
     Ns = tuple([w.shape[0] for w in ws])
     config = backward_config(M, Ns, K, R, device_facts(dys[0].device))
-    if config is None or not config.SIDES or (R % 8 and P > 1):
+    if config is None or not config.SIDES or (need_a and x.stride(1) != 1):
         return None
     if R % 8:
         b_list, h = [_padded(b_list[0])], None if h is None else _padded(h)
@@ -179,14 +206,14 @@ def lora_backward(
 
 
 def _gradients_of_factors(
-    x: Tensor | None, dh: Tensor, mask: Tensor | None, parts: Tensor | None, zeros: Tensor, need_a: bool
+    x: Tensor | None, dh: Tensor, mask: Tensor | None, parts: Part | None, zeros: Part, need_a: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return da, and db if there are parts of it."""
     db = None if parts is None else dh.new_empty(parts.shape[1:])
     if need_a:
         return factor_gradients(x, dh, mask, zeros, parts, db), db
     if parts is not None:
-        sum_parts((parts, db))
+        sum_parts((parts.tensor(), db))
     return None, db
 
 
@@ -194,7 +221,9 @@ def _gradients_of_factors(
 def _worthwhile(M: int, cols: int, facts: DeviceFacts) -> bool:
     """Whether tiles of 128 x 256 keep the multiprocessors busy."""
     tiles = triton.cdiv(M, 128) * triton.cdiv(cols, 256)
-    return facts.arch == "sm90" and tiles >= _FILLED * triton.cdiv(tiles, facts.processors) * facts.processors
+    if not tiles or facts.arch != "sm90":
+        return False
+    return tiles >= _FILLED * triton.cdiv(tiles, facts.processors) * facts.processors
 
 
 def update_matmul(
@@ -219,6 +248,7 @@ def update_matmul(
         threshold = drop_threshold(dropout_p, seed)
         mask = dropout_mask(seed, M, K, threshold)
         h = h * (65536 / (65536 - threshold))
-    return hopper_matmul(
-        forward, left, w, h.to(left.dtype), b.to(left.dtype), bias, mask, HopperConfig(SIDES=0)
-    )
+    h, b = _padded(h.to(left.dtype)), b.to(left.dtype)
+    if forward:
+        b = _padded(b)
+    return hopper_matmul(forward, left, w, h, b, bias, mask, HopperConfig(SIDES=0))

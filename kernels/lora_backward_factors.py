@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._config import DeviceFacts, block_rank, device_facts
-from ._launch import Launch, launch
+from ._launch import Launch, Part, launch
 from ._tiles import add, wide
 
 
@@ -109,12 +109,13 @@ def _prepare(
     x: Tensor,
     dh: Tensor,
     mask: Tensor | None,
+    db: Tensor | None,
     da: Tensor,
     shares: Tensor | None,
     counters: Tensor,
     db_parts: Tensor | None,
-    db: Tensor | None,
     each: int,
+    sizes: tuple[int, ...] | None,
 ) -> Launch:
     (M, K), R = x.shape, dh.shape[1]
     BLOCK_K, BLOCK_R, _ = _blocks(K, R)
@@ -122,7 +123,7 @@ def _prepare(
     return Launch.of(_factors_kernel, (triton.cdiv(K, BLOCK_K), triton.cdiv(R, BLOCK_R), count))(
         x, dh, mask, da, shares, counters, db_parts, db,
         M, K, R, 0 if mask is None else mask.shape[1], each,
-        0 if db is None else db_parts.shape[0], 0 if db is None else db.numel(), x.stride(0), dh.stride(0),
+        0 if sizes is None else sizes[0], 0 if db is None else db.numel(), x.stride(0), dh.stride(0),
         USE_DROPOUT=mask is not None, HAS_DB=db is not None, SHARES=count,
         BLOCK_M=64, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R, num_warps=4, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
@@ -132,17 +133,19 @@ def factor_gradients(
     x: Tensor,
     dh: Tensor,
     mask: Tensor | None,
-    counters: Tensor,
-    db_parts: Tensor | None = None,
+    counters: Tensor | Part,
+    db_parts: Tensor | Part | None = None,
     db: Tensor | None = None,
 ) -> Tensor:
     """Return ``da = dhᵀ (mask ∘ x)``, (R, K); and write ``db``, the sum of ``db_parts`` (S, *db.shape).
 
-    ``counters``: int32 zeros, ``factor_counters(K, R)`` of them or more, which are used up.
+    ``counters``: int32 zeros, ``factor_counters(K, R)`` of them or more, which are used up. ``db_parts``:
+    float32. Both contiguous.
     """
     (M, K), R = x.shape, dh.shape[1]
     each, count = _shares(M, K, R, mask is not None, device_facts(x.device))
     da = dh.new_empty(R, K)
     shares = None if count == 1 else dh.new_empty((count, K, R), dtype=torch.float32)
-    launch(_prepare, (x, dh, mask, da, shares, counters, db_parts, db), each)
+    sizes = None if db_parts is None else db_parts.shape
+    launch(_prepare, (x, dh, mask, db), each, sizes, fresh=(da, shares, counters, db_parts))
     return da

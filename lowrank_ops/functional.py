@@ -172,8 +172,8 @@ def lora_linear(
 
     Equals ``F.linear(x, w, bias) + scale * F.linear(F.linear(F.dropout(x, dropout_p), a), b)``, to the
     accuracy of PyTorch in the same dtype, with one difference: the dropout mask is a function of one
-    seed drawn from torch's generator of the device of ``x``, so it is made again where it is needed and
-    never stored. Under activation checkpointing it repeats; at each replay of a CUDA graph it is new.
+    seed drawn from torch's generator of the device of ``x``, so it can be made again where it is needed.
+    Under activation checkpointing it repeats; at each replay of a CUDA graph it is new.
 
     Args:
         x: input, (..., K), any leading dimensions and strides; float16, bfloat16 or float32 (float64 on the
@@ -196,8 +196,8 @@ def lora_linear(
         ValueError: a shape, device or number does not fit. TypeError: a type or dtype does not.
         RuntimeError: the kernels cannot run here.
 
-    Memory: keeps ``x`` for backward only if ``a`` or ``w`` trains, plus M·R numbers; no mask, and no copy
-    of x unless its leading dimensions cannot be seen as one.
+    Memory: keeps ``x`` for backward only if ``a`` or ``w`` trains, plus M·R numbers; on Hopper, with dropout,
+    also M·K / 8 bytes of mask. No copy of x unless its leading dimensions cannot be seen as one.
     Source: Hu et al. 2021, LoRA, eq. 3 (arXiv:2106.09685).
     """
     op = "lora_linear"

@@ -69,9 +69,8 @@ def lora_linear_group(
     _check_lengths(ws, a_list, b_list, biases, scales)
     biases = [None] * len(ws) if biases is None else biases
     projections = list(zip(ws, a_list, b_list, biases, strict=True))
-    if impl not in _IMPLS or not all(
-        _fits(x, *each, scale, dropout_p) for each, scale in zip(projections, scales, strict=True)
-    ):
+    fitting = [_fits(x, *each, scale, dropout_p) for each, scale in zip(projections, scales, strict=True)]
+    if impl not in _IMPLS or not all(fitting):
         for i, scale in enumerate(scales):
             _check_options(_OP, scale, dropout_p, impl, f"scales[{i}]")
         _check_shapes(x, projections)
@@ -87,7 +86,7 @@ def lora_linear_group(
     tensors = [t for column in zip(*projections, strict=True) for t in column]
     # a compiler is better served by views of its own
     rows = x if module is not None else x.flatten(0, -2) if x.dim() > 1 else x[None]
-    ys = LoRAGroupFunction.apply(rows, seed, tuple(scales), dropout_p, impl, module, *tensors)
+    ys = LoRAGroupFunction.apply(rows, seed, (tuple(scales), dropout_p, impl, module), *tensors)
     return ys if module is not None else tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 

@@ -148,8 +148,10 @@ class LayerGroup:
 
     def _tensors(self, member: nn.Module, x: Tensor, situation: tuple) -> _Tensors | None:
         """Return the tensors of ``member`` if it can share a computation for x, or None."""
-        *options, dtype, _, _ = situation
-        if member._original is not None or member.group is not self or _options(member) != options:
+        dropout_p, impl, dtype, _, _ = situation
+        if member._original is not None or member.group is not self or member.impl != impl:
+            return None
+        if dropout_p != (member.dropout_p if member.training else 0.0):
             return None
         if "forward" in member.__dict__ or member._forward_hooks or member._forward_pre_hooks:
             return None
@@ -180,10 +182,6 @@ class LayerGroup:
         return forget
 
 
-def _options(layer: nn.Module) -> list[float | str]:
-    return [layer.dropout_p if layer.training else 0.0, layer.impl]
-
-
 def _situation(layer: nn.Module, x: Tensor) -> tuple:
     """Return all that a result depends on beside x and the parameters.
 
@@ -195,16 +193,19 @@ def _situation(layer: nn.Module, x: Tensor) -> tuple:
     dtype = torch.get_autocast_dtype(kind) if cast else None
     compiles = torch.compiler.is_compiling()
     hooks = None if compiles else torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return *_options(layer), dtype, torch.is_grad_enabled(), hooks
+    return layer.dropout_p if layer.training else 0.0, layer.impl, dtype, torch.is_grad_enabled(), hooks
 
 
-def _state(layer: nn.Module) -> tuple[list[Tensor], list[tuple[int, int | None, bool]]]:
+def _state(layer: nn.Module) -> tuple[list[Tensor], list[int | bool | None]]:
     """Return the tensors that a layer's factors come from, and what tells whether one was changed."""
     base, adapter = layer._modules["base"], layer._modules["adapter"]
-    own = (*base._parameters.values(), *adapter._parameters.values(), *adapter._buffers.values())
-    tensors = [t for t in own if t is not None]
-    # what inference mode made has no versions
-    return tensors, [(id(t), None if t.is_inference() else t._version, t.requires_grad) for t in tensors]
+    tensors, state = [], []
+    for t in (*base._parameters.values(), *adapter._parameters.values(), *adapter._buffers.values()):
+        if t is not None:
+            tensors.append(t)
+            # what inference mode made has no versions
+            state += (id(t), None if t.is_inference() else t._version, t.requires_grad)
+    return tensors, state
 
 
 def _outputs(

@@ -1,5 +1,6 @@
 """The launch cache: its keys tell apart what Triton tells apart, its calls are those that Triton makes."""
 
+import importlib
 import itertools
 import sys
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from lowrank_ops.kernels import _correlate, _launch, _matmul, _project, _sum_par
 pytestmark = pytest.mark.skipif(kernels.INTERPRETED, reason="TRITON_INTERPRET is set: nothing is compiled")
 
 _hidden_b = sys.modules["lowrank_ops.kernels.lora_backward_hidden_b"]
+_factors = importlib.import_module("lowrank_ops.kernels.lora_backward_factors")
 CONFIG = kernels.TileConfig(BLOCK_ROWS=16, BLOCK_COLS=32, BLOCK_DEPTH=32, SPLIT=2)
 DESCRIPTORS = kernels.TileConfig(BLOCK_ROWS=32, BLOCK_COLS=32, BLOCK_DEPTH=32, DESCRIPTORS=True)
 KERNELS = {
@@ -30,6 +32,7 @@ KERNELS = {
     "_sum_parts_kernel": _sum_parts,
     "_extended_matmul_kernel": _matmul,
     "_lora_backward_hidden_b_kernel": _hidden_b,
+    "_factors_kernel": _factors,
 }
 
 
@@ -112,6 +115,66 @@ def test_a_key_sees_each_property_of_a_tensor(other):
     assert key(plain) == key((tensor(8, 32), None))
     assert key(plain) != key(other)
     assert key(plain) != key(plain, (1, 3.0))
+
+
+def factor_calls(*sizes: tuple[int, int, int, int]):
+    """Yield what the launcher for both factors gives to ``launch``, for sizes (M, N, K, R)."""
+    found = []
+    keep = lambda *call, fresh: found.append((*call[:2], fresh, call[2:]))  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_factors, "launch", keep)
+        for (M, N, K, R), flags, mask, HAS_DB in itertools.product(sizes, (1, 4), *[(False, True)] * 2):
+            zeros = torch.zeros(flags + 400 + 4 * N * R)
+            counters = _launch.Part(zeros, flags, (_factors.factor_counters(K, R),), torch.int32)
+            parts = _launch.Part(zeros, flags // 4 * 4 + 400, (4, N, R), torch.float32) if HAS_DB else None
+            words = torch.zeros(M, -(-K // 32), dtype=torch.int32) if mask else None
+            db = tensor(N, R) if HAS_DB else None
+            _factors.factor_gradients(tensor(M, K), tensor(M, R), words, counters, parts, db)
+    return found
+
+
+def test_fresh_tensors_of_one_plan_are_one_kernel_to_triton_with_the_same_numbers():
+    sizes = [(64, 48, 32, 16), (640, 48, 32, 16), (640, 40, 32, 16), (17, 48, 33, 1)]
+    seen, count = {}, 0
+    for prepare, tensors, fresh, numbers in factor_calls(*sizes) + factor_calls(*sizes):
+        key, addresses = _launch.plan_key(prepare, tensors, numbers, fresh)
+        everything = (*tensors, *(t.tensor() if isinstance(t, _launch.Part) else t for t in fresh))
+        assert addresses == [None if t is None else t.data_ptr() for t in everything]
+        what = prepare(*everything, *numbers)
+        scalars = [value for value in what.args if isinstance(value, (int, float))]
+        found = (triton_key(what), what.grid, scalars)
+        count += 1
+        assert seen.setdefault(key, found) == found
+    assert 20 < len(seen) <= count // 2
+
+
+def test_a_key_sees_presence_and_alignment_of_what_is_fresh_and_no_more():
+    x, base = tensor(8, 32), tensor(1, 64, dtype=torch.float32)[0]
+    key = lambda *fresh: _launch.plan_key(passes, (x,), (1,), fresh)[0]  # noqa: E731
+    part = lambda start: _launch.Part(base, start, (4,), torch.int32)  # noqa: E731
+    assert key(tensor(8, 32)) == key(tensor(8, 32)) == key(tensor(4, 4)) == key(part(0)) == key(part(4))
+    assert len({key(tensor(8, 32)), key(tensor(8, 32, shift=1)), key(None), key(part(1)), key()}) == 5
+
+
+def test_a_part_is_a_view_of_its_base():
+    base = torch.arange(24.0)
+    part = _launch.Part(base, 4, (2, 3, 2), torch.float32)
+    assert torch.equal(part.tensor(), base[4:16].view(2, 3, 2))
+    assert part.data_ptr() == part.tensor().data_ptr()
+    counters = _launch.Part(torch.zeros(8), 3, (5,), torch.int32)
+    assert counters.tensor().dtype is torch.int32
+    assert counters.data_ptr() == counters.tensor().data_ptr()
+
+
+def test_a_plan_launches_at_the_addresses_of_what_is_fresh(planned):
+    kept = [factor_calls((640, 48, 32, 16)) for _ in range(2)]
+    for prepare, tensors, fresh, numbers in itertools.chain(*kept):
+        _launch.launch(prepare, tensors, *numbers, fresh=fresh)
+    assert len(planned.calls) == len(kept[1]) == 8
+    for (prepare, tensors, fresh, numbers), (grid, _, values) in zip(kept[1], planned.calls, strict=True):
+        everything = (*tensors, *(t.tensor() if isinstance(t, _launch.Part) else t for t in fresh))
+        what = prepare(*everything, *numbers)
+        assert (grid, values) == (what.grid, expanded(what))
 
 
 class FakeKernel:

@@ -18,8 +18,8 @@ class LoRAGroupFunction(torch.autograd.Function):
     With dh = scale·dy b:   dx = Σ dy w + drop(Σ dh a)    da = dhᵀ drop(x)    db = dyᵀ h    dw = dyᵀ x
     where drop is one mask for all. Every h lies in one tensor, (M, ΣR). Saves x once, if any a or w trains,
     and h if any b does; w and a only if x needs a gradient. An output that nobody uses costs nothing in
-    backward. ``impl`` names the implementation, ``module`` is it, or None where the op of the library must be
-    called.
+    backward. ``options`` are scales, dropout_p, the name of the implementation, and it, or None where the op
+    of the library must be called.
     """
 
     @staticmethod
@@ -27,12 +27,10 @@ class LoRAGroupFunction(torch.autograd.Function):
         ctx,
         x: Tensor,
         seed: Tensor | None,
-        scales: tuple[float, ...],
-        dropout_p: float,
-        impl: str,
-        module: ModuleType | None,
+        options: tuple[tuple[float, ...], float, str, ModuleType | None],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
+        scales, dropout_p, impl, module = options
         P = len(scales)
         rows, parts = as_rows(x), [list(tensors[i : i + P]) for i in range(0, 4 * P, P)]
         arguments = (rows, *parts, list(scales), seed, dropout_p)
@@ -41,7 +39,7 @@ class LoRAGroupFunction(torch.autograd.Function):
             mask = mask if mask.dim() == 2 else None
         else:
             ys, h, mask = run_here(module.lora_group_forward, *arguments)
-        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
+        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         need_a, need_b = any(needs[P : 2 * P]), any(needs[2 * P : 3 * P])
         ctx.save_for_backward(
             x if need_a or any(needs[:P]) else None,
@@ -51,7 +49,7 @@ class LoRAGroupFunction(torch.autograd.Function):
             *(tensors[: 2 * P] if need_x else ()),
             *(tensors[2 * P : 3 * P] if need_x or need_a or need_b else ()),
         )
-        ctx.options, ctx.shape = (scales, dropout_p, impl, module), x.shape
+        ctx.options, ctx.shape = options, x.shape
         ctx.set_materialize_grads(False)
         if rows is not x:
             # in place: a view made in here could not be written to by the caller
@@ -78,9 +76,9 @@ class LoRAGroupFunction(torch.autograd.Function):
         P = len(scales)
         first = next((dy for dy in dys if dy is not None), None)
         if first is None:
-            return (None,) * (6 + 4 * P)
+            return (None,) * (3 + 4 * P)
         need_x = ctx.needs_input_grad[0]
-        needs = [need and dy is not None for need, dy in zip(ctx.needs_input_grad[6:], dys * 4, strict=True)]
+        needs = [need and dy is not None for need, dy in zip(ctx.needs_input_grad[3:], dys * 4, strict=True)]
         need_w, need_a, need_b, need_bias = (needs[i : i + P] for i in range(0, 4 * P, P))
         x = None if x is None else as_rows(x)
         dys = [None if dy is None else as_rows(dy) for dy in dys]
@@ -98,7 +96,7 @@ class LoRAGroupFunction(torch.autograd.Function):
             for dy, need in zip(dys, need_w, strict=True)
         ]
         dbiases = [dy.sum(0) if need else None for dy, need in zip(dys, need_bias, strict=True)]
-        return dx, None, None, None, None, None, *dws, *das, *dbs, *dbiases
+        return dx, None, None, *dws, *das, *dbs, *dbiases
 
 
 def _backward(
