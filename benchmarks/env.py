@@ -48,7 +48,7 @@ def environment(device: str, commit: str | None = None) -> dict[str, object]:
 
     Args:
         device: "cuda" or "cpu".
-        commit: for a copy of the sources that git does not know, the commit they were taken from.
+        commit: for a copy of the sources, the commit they were taken from; None asks git.
     """
     status = _output("git", "status", "--porcelain", "--untracked-files=no")
     return {
@@ -57,8 +57,9 @@ def environment(device: str, commit: str | None = None) -> dict[str, object]:
         **(_gpu() if device == "cuda" else {"gpu": None, "threads": torch.get_num_threads()}),
         "python": platform.python_version(),
         **{package: _version(package) for package in ("torch", "triton", "peft", "transformers")},
-        "commit": _output("git", "rev-parse", "--short=12", "HEAD") or commit,
-        "dirty": None if status is None else bool(status),
+        # a copy may lie inside another checkout, of which git would tell
+        "commit": commit or _output("git", "rev-parse", "--short=12", "HEAD"),
+        "dirty": None if commit or status is None else bool(status),
     }
 
 
