@@ -56,7 +56,9 @@ def environment(device: str, commit: str | None = None) -> dict[str, object]:
         "device": device,
         **(_gpu() if device == "cuda" else {"gpu": None, "threads": torch.get_num_threads()}),
         "python": platform.python_version(),
-        **{package: _version(package) for package in ("torch", "triton", "peft", "transformers")},
+        # with its build, which the package's metadata may leave out
+        "torch": torch.__version__,
+        **{package: _version(package) for package in ("triton", "peft", "transformers")},
         # a copy may lie inside another checkout, of which git would tell
         "commit": commit or _output("git", "rev-parse", "--short=12", "HEAD"),
         "dirty": None if commit or status is None else bool(status),

@@ -174,6 +174,21 @@ def hopper_kernel(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_R: gl.constexpr,
     SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
+    """Forward: out_i = big0 w_iᵀ + h_i rank_iᵀ + bias_i, h_i = scale_i (mask ∘ big0) s_iᵀ; i < P projections
+
+    Backward: out0 = sum_i (big_i w_i + mask ∘ (h_i rank_i)), h_i = scale_i big_i s_i, and with DB the parts
+    parts[p] of sum_rows big_iᵀ kept_i, one for each side program p. With SIDES = 0, h is given.
+
+    Tensors   descriptors: big (M, K) or (M, N_i), w (N_i, K), s and rank the small factors (a and b, or b and
+              a), out, hid = h and kept (M, P·R); words (M, pitch) int32, the mask's bits; flags, a zero for
+              every SIDE_ROWS rows; parts (SIDES, sum of N_i, R) float32 zeros.
+    Program   the first SIDES: blocks of SIDE_ROWS rows of h; the others: tiles of out, GROUP_M rows of tiles
+              at a time. One warp copies, eight compute.
+    Numerics  16-bit products summed in float32; h rounded once; a dropped element of out is rounded before
+              the update; every sum has a fixed order.
+    Traffic   h's operand once more from L2 or memory, beside what the GEMM reads.
+    Requires  rows on multiples of 16 bytes; R ≤ 128, ≤ 16 with DB; SLOTS·BLOCK_R ≤ 128, 64 with a mask.
+    """
     flags_ptr = flags_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
     l_bufs = gl.allocate_shared_memory(big0.dtype, [STAGES] + big0.block_type.shape, big0.layout)
     r_bufs = gl.allocate_shared_memory(w0.dtype, [STAGES] + w0.block_type.shape, w0.layout)

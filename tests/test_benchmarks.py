@@ -368,7 +368,7 @@ def test_tuned_tiles_are_found_by_pick(tune, monkeypatch):
         row |= {"final_ms": 2.0, "cublas_ms": 1.0}
         slower = row | {"final_ms": 3.0, "config": config | {"BLOCK_ROWS": 16}}
         rows = tune.winners([slower, row, row | {"final_ms": None}])
-        monkeypatch.setattr(_config, "_table", lambda arch, rows=rows: rows)
+        monkeypatch.setattr(_config, "measured_rows", lambda arch, rows=rows: rows)
         _config.pick.cache_clear()
         assert _config.pick(op, shape.M, shape.N, shape.K, shape.R, torch.bfloat16, facts) == wanted
     _config.pick.cache_clear()
