@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ._config import tl_type
 from ._launch import Launch, launch
-from ._tiles import add
+from ._tiles import add, total
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def _sum_one(parts_ptr, out_ptr, parts, count, block, ACC_TYPE: tl.constexpr, BL
     for _ in range(parts):
         acc, rest = add(acc, rest, tl.load(ptrs, mask=mask, other=0.0))
         ptrs += count
-    tl.store(out_ptr + offs, (acc + rest).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offs, total(acc, rest).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

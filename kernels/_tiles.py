@@ -32,6 +32,12 @@ def add(acc, rest, part):
 
 
 @triton.jit
+def total(acc, rest):
+    """acc + rest of a sum made by add; the error of a sum that is not finite says nothing."""
+    return acc + tl.where(tl.abs(acc) < float("inf"), rest, 0.0)
+
+
+@triton.jit
 def dot(left, right, acc, rest, PRECISION: tl.constexpr):
     """(acc, rest) + left right, with the products as exact as the operands deserve; the sum is acc + rest.
 

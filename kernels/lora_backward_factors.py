@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._config import DeviceFacts, block_rank, device_facts
 from ._launch import Launch, Part, launch
-from ._tiles import add, wide
+from ._tiles import add, total, wide
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def _add_parts(parts_ptr, out_ptr, parts, count, first, BLOCK: tl.constexpr):
         for part in range(parts):
             one = tl.load(parts_ptr + wide(count) * part + offs, mask=offs < count, other=0.0)
             acc, rest = add(acc, rest, one)
-        tl.store(out_ptr + offs, (acc + rest).to(out_ptr.dtype.element_ty), mask=offs < count)
+        tl.store(out_ptr + offs, total(acc, rest).to(out_ptr.dtype.element_ty), mask=offs < count)
 
 
 @triton.jit

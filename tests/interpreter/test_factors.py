@@ -118,3 +118,13 @@ def test_rows_may_lie_apart():
     counters = lambda: torch.zeros(factor_counters(200, 16), dtype=torch.int32)  # noqa: E731
     want = factor_gradients(x[:, :200].contiguous(), dh[:, 8:].contiguous(), None, counters())
     assert torch.equal(factor_gradients(x[:, :200], dh[:, 8:], None, counters()), want)
+
+
+def test_infinite_parts_add_up_as_they_do_in_pytorch():
+    inf = torch.inf
+    parts = torch.tensor([[1.0, 1.0, inf, 2.0], [inf, -inf, -inf, 3.0], [2.0, 5.0, 1.0, 4.0]])[:, :, None]
+    x, dh = torch.ones(20, 32, dtype=torch.float16), torch.ones(20, 1, dtype=torch.float16)
+    db = torch.empty(4, 1, dtype=torch.float16)
+    counters = torch.zeros(factor_counters(32, 1), dtype=torch.int32)
+    factor_gradients(x, dh, None, counters, parts, db)
+    torch.testing.assert_close(db, parts.sum(0).half(), rtol=0, atol=0, equal_nan=True)
