@@ -219,7 +219,9 @@ def _columns(
     programs = facts.processors
     leave = R > 32 or M <= 64 or dtype.itemsize > 2
     if op == "lora_backward_a":
-        rows, width, warps = (32, 64, 8 if facts.arch == "sm80" else 4) if wide else (64, 64, 4)
+        # four warps keep a few bytes on the stack on sm80 with some releases of Triton
+        warps = 8 if facts.arch == "sm80" else 4
+        rows, width = (32, 64) if wide else (64, 64)
         programs *= 4 if dropout else 2
         leave = leave or M <= 2048
     elif wide or R > 32:
