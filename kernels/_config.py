@@ -292,12 +292,12 @@ def pick(
     if facts.arch == "cpu":
         return _INTERPRETED[op]
     gemm = op in ("lora_forward", "lora_backward_input")
+    # with few tiles, more ranks cost the fused kernel more than a pass of their own
+    few = gemm and R > 32 and 16 < M and M * (N if op == "lora_forward" else K) <= 2**21
     if gemm and dtype.itemsize == 2 and R <= 64:
         row = measured_rows(facts.arch).get(f"{op} M={1 << max(M - 1, 0).bit_length()} N={N} K={K}")
         if row is not None and not (wide and dropout):
-            # with few tiles, more ranks cost the fused kernel more than a pass of their own
-            crowded = R > 32 and 16 < M and M * (N if op == "lora_forward" else K) <= 2**21
-            return TileConfig(**row | {"CUBLAS": row.get("CUBLAS", False) or crowded})
+            return TileConfig(**row | {"CUBLAS": row.get("CUBLAS", False) or few})
     wide = wide or dtype.itemsize > 2
     if gemm:
         config = _gemm(op, M, dtype, wide and dropout, facts)
@@ -309,7 +309,7 @@ def pick(
         config = _columns(op, M, K or N, R, dtype, wide, dropout, facts)
         small = N < 1024 if op == "lora_backward_hidden_b" else K < 2048
     # in small models the host is the slower part, and cuBLAS takes less of its time to launch
-    config = replace(config, CUBLAS=config.CUBLAS or (small and M > 16))
+    config = replace(config, CUBLAS=config.CUBLAS or few or (small and M > 16))
     return _for_amd(config) if facts.arch.startswith("gfx") else config
 
 

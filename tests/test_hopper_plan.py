@@ -353,3 +353,11 @@ def test_launches_of_one_plan_are_one_kernel_to_triton_with_the_same_numbers(fak
         bases = [getattr(value, "base", value) for value in what.args]
         assert all(any(t is base for t in tensors) for base in bases if isinstance(base, Tensor))
     assert 40 < len(seen) < count
+
+
+@pytest.mark.parametrize("R", [64, 128])
+def test_many_ranks_beside_few_tiles_are_left_to_cublas(R):
+    facts = DeviceFacts(arch="sm90", processors=132)
+    assert hopper_lora.forward_config(2048, (1024,), 4096, R, False, facts) is None
+    assert kernels.pick("lora_forward", 2048, 1024, 4096, R, torch.bfloat16, facts).CUBLAS
+    assert not kernels.pick("lora_forward", 2048, 1024, 4096, 16, torch.bfloat16, facts).CUBLAS
