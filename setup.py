@@ -27,7 +27,13 @@ setup(
     ],
     python_requires=">=3.10",
     package_dir={"lowrank_ops": "lowrank_ops", "lowrank_ops.kernels": "kernels"},
-    packages=["lowrank_ops", "lowrank_ops.ops", "lowrank_ops.methods", "lowrank_ops.kernels"],
+    packages=[
+        "lowrank_ops",
+        "lowrank_ops.kernels",
+        "lowrank_ops.methods",
+        "lowrank_ops.ops",
+        "lowrank_ops.reference",
+    ],
     package_data={"lowrank_ops": ["py.typed"], "lowrank_ops.kernels": ["_tables/*.json"]},
     # safetensors is in the core because adapter files are; it has no dependencies of its own
     install_requires=[

@@ -12,8 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_config import config_from_fields, config_of_layers, fields_from_config
-from .adapter_tensors import CONFIG, WEIGHTS, folder_path, read_tensors, sort_tensors, write_files
+from .adapter_tensors import (
+    CONFIG,
+    WEIGHTS,
+    folder_path,
+    read_fields,
+    read_tensors,
+    sort_tensors,
+    write_files,
+)
 from .config import LoRAConfig, selects
+from .fused_linear import check_linear
 from .inject import (
     check_called,
     check_model,
@@ -25,9 +34,10 @@ from .inject import (
     set_trainable,
     unwrapped,
 )
-from .layers import FusedLoRALinear, check_linear
+from .layers import FusedLoRALinear
 from .methods.base import adapter_dtype
 from .methods.lora import LoRA
+from .own_files import is_own, load_own, save_own
 
 __all__ = ["load_adapter", "save_adapter"]
 
@@ -49,7 +59,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Both files are written under temporary names and then renamed, so that neither is ever half written, and
     both are as before if one cannot be replaced.
-    Tensors keep their dtype. A merged model saves the same files.
+    Tensors keep their dtype. A merged model saves the same files. The files of a method that PEFT lacks have
+    the same names and are read by ``load_adapter`` alone; a tensor that layers share is in them once.
 
     Args:
         model: an injected model.
@@ -58,7 +69,6 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: the model has no fused layers, or they hold no data ("meta"), or share no config, or
             ``folder`` is a file. TypeError: ``folder`` is no path. OSError: it cannot be written.
-            NotImplementedError: PEFT does not have the method.
     """
     from safetensors.torch import save
 
@@ -69,6 +79,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if not layers or "" in layers:
         kind = type(model).__name__
         raise ValueError(f"{op}: model must contain fused layers, got a {kind} without; inject it first")
+    if any(layer.config.method != "lora" for layer in layers.values()):
+        save_own(op, model, layers, folder)
+        return
     config = config_of_layers(op, layers)
     tensors = {}
     for name, layer in layers.items():
@@ -112,9 +125,12 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """
     op = "load_adapter"
     check_model(op, model)
-    stored = _read(op, folder_path(op, folder))
-    inner = unwrapped(model)
-    layers = fused_layers(inner)
+    folder = folder_path(op, folder)
+    fields, inner = read_fields(op, folder), unwrapped(model)
+    if is_own(fields):
+        load_own(op, model, folder, fields)
+        return model
+    stored, layers = _read(op, folder, fields), fused_layers(inner)
     if layers:
         _fill(op, inner, layers, stored)
     else:
@@ -251,18 +267,7 @@ def _check_shapes(op: str, name: str, factors: Mapping[str, Tensor], rank: int, 
             raise ValueError(f"{op}: lora_{letter} of {name!r} must be {spelled} = {shape}, got {actual}")
 
 
-def _read(op: str, folder: Path) -> _Stored:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{op}: folder must be a directory on this machine, got {str(folder)!r}")
-    path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"{op}: folder must hold {CONFIG}, got {str(folder)!r} without")
-    try:
-        fields = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{op}: {CONFIG} must be JSON, got a file that is not ({error})") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{op}: {CONFIG} must hold a JSON object, got {type(fields).__name__}")
+def _read(op: str, folder: Path, fields: dict[str, Any]) -> _Stored:
     # the options first: an adapter of another kind has tensors of other names
     config_from_fields(op, fields, ["any"])
     factors, biases, copies = sort_tensors(op, read_tensors(op, folder))

@@ -1,5 +1,6 @@
 """The files of an adapter as such: which tensors they hold, and writing them both or neither."""
 
+import json
 import os
 import pickle
 import re
@@ -9,12 +10,21 @@ import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["CONFIG", "WEIGHTS", "Tensors", "folder_path", "read_tensors", "sort_tensors", "write_files"]
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "Tensors",
+    "folder_path",
+    "read_fields",
+    "read_tensors",
+    "sort_tensors",
+    "write_files",
+]
 
 CONFIG, WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -36,6 +46,22 @@ def folder_path(op: str, folder: str | os.PathLike[str]) -> Path:
     if not isinstance(folder, (str, os.PathLike)) or not isinstance(os.fspath(folder), str):
         raise TypeError(f"{op}: folder must be a str or a path, got {type(folder).__name__}")
     return Path(folder)
+
+
+def read_fields(op: str, folder: Path) -> dict[str, Any]:
+    """Read adapter_config.json, or raise."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{op}: folder must be a directory on this machine, got {str(folder)!r}")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{op}: folder must hold {CONFIG}, got {str(folder)!r} without")
+    try:
+        fields = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{op}: {CONFIG} must be JSON, got a file that is not ({error})") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{op}: {CONFIG} must hold a JSON object, got {type(fields).__name__}")
+    return fields
 
 
 def read_tensors(op: str, folder: Path) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NoReturn
 
-__all__ = ["FrozenDict", "LoRAConfig", "selects"]
+__all__ = ["FrozenDict", "LoRAConfig", "MethodConfig", "selects"]
 
 _MAX_RANK = 512
 
@@ -29,7 +29,54 @@ class FrozenDict(dict):
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class MethodConfig:
+    """What the options of every method have in common. A method's config adds fields of its own.
+
+    Args:
+        r: rank, 1 ≤ r ≤ 512; need not be a power of two.
+        lora_alpha: positive number; ``scale`` is lora_alpha / r, dimensionless.
+        lora_dropout: probability in [0, 1) of dropping an element of the adapter's input while training.
+        target_modules: "all-linear" (every ``nn.Linear`` but the output embedding); any other string is a
+            regular expression for the whole module name; a list, tuple or set holds names or the ends of
+            names after a dot, as "q_proj".
+
+    Raises:
+        ValueError: a value is out of range. TypeError: a value has the wrong type.
+    """
+
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    target_modules: str | Collection[str] = "all-linear"
+
+    method: ClassVar[str]
+    # which biases of the base model train; a field where a method offers the choice
+    bias: ClassVar[str] = "none"
+
+    def __post_init__(self) -> None:
+        op = type(self).__name__
+        _check_rank(op, "r", self.r)
+        _check_alpha(op, "lora_alpha", self.lora_alpha)
+        _check_number(op, "lora_dropout", self.lora_dropout)
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"{op}: lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        # the dataclass is frozen for its users; here the fields take their canonical, hashable form
+        for name in ("r", "lora_alpha", "lora_dropout"):
+            object.__setattr__(self, name, _canonical_number(getattr(self, name)))
+        object.__setattr__(self, "target_modules", _canonical_targets(op, self.target_modules))
+
+    @property
+    def scale(self) -> float:
+        """Factor on the update, dimensionless: lora_alpha / r."""
+        return self.lora_alpha / self.r
+
+    def for_layer(self, name: str) -> "MethodConfig":
+        """Return the config of the layer called ``name``: this one, unless a method has patterns."""
+        return self
+
+
+@dataclass(frozen=True)
+class LoRAConfig(MethodConfig):
     """Options of a LoRA adapter, ΔW = scale · B A, with PEFT's names, defaults of meaning and matching rules.
 
     Args:
@@ -51,10 +98,6 @@ class LoRAConfig:
     Source: Hu et al. 2021 (arXiv:2106.09685); rank-stabilised scale: Kalajdzievski 2023 (arXiv:2312.03732).
     """
 
-    r: int = 16
-    lora_alpha: float = 32
-    lora_dropout: float = 0.0
-    target_modules: str | Collection[str] = "all-linear"
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=FrozenDict)
     alpha_pattern: Mapping[str, float] = field(default_factory=FrozenDict)
@@ -63,20 +106,12 @@ class LoRAConfig:
     method: ClassVar[str] = "lora"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         op = type(self).__name__
-        _check_rank(op, "r", self.r)
-        _check_alpha(op, "lora_alpha", self.lora_alpha)
-        _check_number(op, "lora_dropout", self.lora_dropout)
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"{op}: lora_dropout must be in [0, 1), got {self.lora_dropout}")
         if not isinstance(self.use_rslora, bool):
             raise TypeError(f"{op}: use_rslora must be a bool, got {type(self.use_rslora).__name__}")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f'{op}: bias must be "none", "all" or "lora_only", got {self.bias!r}')
-        # the dataclass is frozen for its users; here the fields take their canonical, hashable form
-        for name in ("r", "lora_alpha", "lora_dropout"):
-            object.__setattr__(self, name, _canonical_number(getattr(self, name)))
-        object.__setattr__(self, "target_modules", _canonical_targets(op, self.target_modules))
         for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
             object.__setattr__(self, name, _canonical_pattern(op, name, getattr(self, name), check))
 

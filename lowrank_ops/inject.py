@@ -10,10 +10,11 @@ from warnings import warn
 import torch
 from torch import nn
 
-from .config import LoRAConfig, pattern_key, selects
+from .config import MethodConfig, pattern_key, selects
+from .fused_linear import FusedLinear, check_config, check_linear
 from .layer_group import LayerGroup
-from .layers import FusedLoRALinear, check_config, check_linear
-from .methods import METHODS
+from .layer_types import LAYERS
+from .layers import FusedLoRALinear
 from .siblings import shared_inputs
 
 __all__ = ["inject"]
@@ -40,7 +41,7 @@ _BYPASSED = {
 }
 
 
-def inject(model: nn.Module, config: LoRAConfig) -> nn.Module:
+def inject(model: nn.Module, config: MethodConfig) -> nn.Module:
     """Put an adapter beside every linear layer that ``config`` targets, in place, and freeze the rest.
 
     A linear layer that the model holds under several names becomes one fused layer under all of them. Only
@@ -71,20 +72,15 @@ def inject(model: nn.Module, config: LoRAConfig) -> nn.Module:
     devices = {linear.weight.device for linear in targets.values()}
     # tensors that are made in inference mode could never train
     with torch.inference_mode(False), torch.no_grad(), _generators_kept_on_failure(devices):
-        layers = {
-            name: FusedLoRALinear(
-                linear, METHODS[config.method](config.for_layer(name), linear.weight), config
-            )
-            for name, linear in targets.items()
-        }
-    install(model, {id(layer.base): layer for layer in layers.values()})
+        layers = LAYERS[config.method].build(config, targets)
+    install(model, {id(linear): layers[name] for name, linear in targets.items()})
     set_trainable(model, layers.values())
     return root
 
 
-def fused_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
+def fused_layers(model: nn.Module) -> dict[str, FusedLinear]:
     """Return the fused layers of ``model`` by name, each once."""
-    return {name: module for name, module in named_modules(model) if isinstance(module, FusedLoRALinear)}
+    return {name: module for name, module in named_modules(model) if isinstance(module, FusedLinear)}
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -141,7 +137,7 @@ def install(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
 
     Layers that their parent calls on one tensor become a group.
     """
-    note_shared_weights(model, [m for m in replacements.values() if isinstance(m, FusedLoRALinear)])
+    note_shared_weights(model, [m for m in replacements.values() if isinstance(m, FusedLinear)])
     replace_modules(model, replacements)
     link_siblings(model)
 
@@ -158,7 +154,7 @@ def link_siblings(model: nn.Module) -> None:
                 LayerGroup(layers)
 
 
-def note_shared_weights(model: nn.Module, layers: Iterable[FusedLoRALinear]) -> None:
+def note_shared_weights(model: nn.Module, layers: Iterable[FusedLinear]) -> None:
     """Tell ``layers`` whether another module of ``model`` holds their base weight too."""
     holders = Counter(
         id(parameter) for module in model.modules() for parameter in set(module.parameters(recurse=False))
@@ -226,7 +222,7 @@ def check_uninjected(op: str, model: nn.Module) -> None:
             )
 
 
-def set_trainable(model: nn.Module, layers: Iterable[FusedLoRALinear]) -> None:
+def set_trainable(model: nn.Module, layers: Iterable[FusedLinear]) -> None:
     """Freeze ``model`` but for the adapters and the biases that their config names."""
     layers = list(layers)
     bias = layers[0].config.bias
@@ -250,9 +246,9 @@ def _check_all_match(op: str, targets: str | Collection[str], names: list[str]) 
         raise ValueError(f"{op}: target_modules must match modules of the model, got {target!r}{advice}")
 
 
-def _warn_of_unused_patterns(config: LoRAConfig, names: Collection[str]) -> None:
+def _warn_of_unused_patterns(config: MethodConfig, names: Collection[str]) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
-        pattern = getattr(config, field)
+        pattern = getattr(config, field, {})
         for key in pattern:
             if not any(pattern_key([key], name) for name in names):
                 warn(f"inject: {field} has {key!r}, which matches no target and is ignored", stacklevel=3)

@@ -1,23 +1,17 @@
-"""Layers that own a frozen linear layer and the adapter beside it."""
+"""LoRA layers."""
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from .config import LoRAConfig
 from .functional import lora_linear
+from .fused_linear import FusedLinear
 from .layer_group import LayerGroup
-from .methods import METHODS, Adapter
-from .methods.base import parameter
 
 __all__ = ["FusedLoRALinear"]
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-
-class FusedLoRALinear(nn.Module):
+class FusedLoRALinear(FusedLinear):
     """A frozen ``nn.Linear`` and a low-rank update in one operation: y = x (W + scale · B A)ᵀ + bias.
 
     ``base`` is the linear layer itself, ``adapter`` holds the trained parameters, ``config`` what the user
@@ -32,223 +26,17 @@ class FusedLoRALinear(nn.Module):
     the first of them, when it is called, computes all, reading x once. Set it to None to compute alone.
     """
 
+    methods = ("lora",)
     group: LayerGroup | None = None
     group_place = 0
 
-    def __init__(self, base: nn.Linear, adapter: Adapter, config: LoRAConfig) -> None:
-        super().__init__()
-        self.base = base
-        self.adapter = adapter
-        self.config = config
-        self.dropout_p = config.lora_dropout
-        self.impl = "auto"
-        # whether another module holds base.weight too: merging must then not write into it
-        self.shares_weight = False
-        # fields of the adapter file that no option of ours stands for, as the base model's name
-        self.peft_fields: dict[str, Any] = {}
-        # the weight before merging; in a tuple, or nn.Module would register a Parameter
-        self._original: tuple[Tensor] | None = None
-        # where load_state_dict collects its errors, while it loads into a merged layer
-        self._load_errors: list[str] | None = None
-        self.register_state_dict_post_hook(_save_original_weight)
-        self.register_load_state_dict_post_hook(_merge_again)
-        self.train(base.training)
-
-    @classmethod
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def from_linear(cls, linear: nn.Linear, config: LoRAConfig, *, name: str = "") -> "FusedLoRALinear":
-        """Put an adapter beside ``linear``, which is frozen and kept, not copied.
-
-        Args:
-            linear: a plain ``nn.Linear`` of float16, bfloat16, float32 or float64, on any device, "meta" too.
-            config: the options. The bias of ``linear`` trains unless ``config.bias`` is "none".
-            name: the layer's name in its model, for ``rank_pattern`` and ``alpha_pattern``.
-
-        Returns:
-            A layer that computes what ``linear`` computes, until it is trained. The adapter is on the device
-            of ``linear``, in its dtype, or in float32 if that is 16-bit: R·(N+K) numbers.
-
-        Raises:
-            TypeError: ``linear`` is not a plain ``nn.Linear``, or ``config`` not a config.
-        """
-        check_config("from_linear", config)
-        check_linear("from_linear", "linear", linear)
-        layer = cls(linear, METHODS[config.method](config.for_layer(name), linear.weight), config)
-        linear.requires_grad_(False)
-        if linear.bias is not None:
-            linear.bias.requires_grad_(config.bias != "none")
-        return layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return y (..., N) for x (..., K), in the dtype of x."""
-        base, adapter = self._modules["base"], self._modules["adapter"]
-        w, bias = parameter(base, "weight"), parameter(base, "bias")
-        if self._original is not None:
-            return F.linear(x, w, bias)
+    def _update_forward(self, x: Tensor, w: Tensor, bias: Tensor | None, dropout_p: float) -> Tensor:
         if self.group is not None and (y := self.group.output(self, x)) is not None:
             return y
-        a, b, scale = adapter.factors(w)
-        dropout_p = self.dropout_p if self.training else 0.0
+        a, b, scale = self._modules["adapter"].factors(w)
         return lora_linear(x, w, a, b, bias, scale=scale, dropout_p=dropout_p, impl=self.impl)
-
-    @property
-    def merged(self) -> bool:
-        """Whether the base weight holds the update."""
-        return self._original is not None
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def merge(self, *, name: str = "weight") -> None:
-        """Put the update into the base weight: W + scale · B A in float32, or float64, rounded once.
-
-        A merged layer is left alone. The original weight moves to host memory, N·K numbers, until ``unmerge``
-        or ``eject``; where another module shares the weight, it stays in place and the layer gets its own.
-
-        Args:
-            name: what the error calls the weight.
-
-        Raises:
-            ValueError: the merged weight would not be finite in its dtype; the layer is as before.
-        """
-        if self.merged:
-            return
-        weight = self.base.weight
-        a, b, scale = self.adapter.factors(weight)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        # the in-place form keeps its dtype under autocast
-        merged = weight.detach().to(dtype, copy=True).addmm_(b.to(dtype), a.to(dtype), alpha=scale)
-        merged = merged.to(weight.dtype)
-        if not weight.is_meta and not merged.isfinite().all():
-            count = (~merged.isfinite()).sum().item()
-            raise ValueError(
-                f"merge: {name} must be finite in {weight.dtype} once merged, got {count} values that are not"
-            )
-        if self.shares_weight:
-            self._original = (weight,)
-            self.base.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
-        else:
-            self._original = (weight.data if weight.is_meta else weight.data.cpu(),)
-            weight.data = merged
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the original base weight back, bit for bit. An unmerged layer is left alone."""
-        if self._original is None:
-            return
-        (original,) = self._original
-        if isinstance(original, nn.Parameter):
-            self.base.weight = original
-        else:
-            weight = self.base.weight
-            weight.data = original.to(device=weight.device, dtype=weight.dtype)
-        self._original = None
-
-    @property
-    def weight(self) -> Tensor:
-        """The base weight, (N, K); holds the update only while merged."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base bias, (N,), or None."""
-        return self.base.bias
-
-    @property
-    def in_features(self) -> int:
-        """K."""
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        """N."""
-        return self.base.out_features
-
-    def extra_repr(self) -> str:
-        adapter = self.adapter
-        return (
-            f"method={adapter.name}, rank={adapter.rank}, scale={adapter.scale:g}, "
-            f"dropout={self.dropout_p:g}, impl={self.impl}, merged={self.merged}"
-        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self.group is not None:
             self.group.join(self)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        # base and adapter are loaded next, and _merge_again runs after them
-        self._load_errors = args[-1] if self.merged else None
-        self.unmerge()
-        super()._load_from_state_dict(*args)
-
-
-def _save_original_weight(
-    layer: FusedLoRALinear, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
-) -> None:
-    key = f"{prefix}base.weight"
-    if layer._original is not None and key in state:
-        state[key] = layer._original[0].detach()
-
-
-def _merge_again(layer: FusedLoRALinear, incompatible_keys: Any) -> None:
-    errors, layer._load_errors = layer._load_errors, None
-    if errors is None:
-        return
-    try:
-        layer.merge()
-    except ValueError as error:
-        # an exception here would leave the modules that come after unloaded
-        errors.append(f"{error}; the layer is now unmerged")
-
-
-def check_config(op: str, config: object) -> None:
-    """Raise unless ``config`` is a config of a method that is known."""
-    if not isinstance(config, LoRAConfig):
-        raise TypeError(f"{op}: config must be a LoRAConfig, got {type(config).__name__}")
-    if config.method not in METHODS:
-        known = ", ".join(METHODS)
-        raise ValueError(f"{op}: config must be of a known method, {known}, got {config.method!r}")
-
-
-def check_linear(op: str, name: str, module: object) -> None:
-    """Raise unless ``module`` is a plain ``nn.Linear`` whose forward pass a fused layer can stand for."""
-    if type(module) is not nn.Linear:
-        raise TypeError(f"{op}: {name} must be a plain nn.Linear, got {type(module).__name__}")
-    # a subclass of Tensor (quantised, sharded) computes something else than its numbers say
-    if type(module.weight) is not nn.Parameter or module.weight.dtype not in _DTYPES:
-        kind = type(module.weight).__name__
-        raise TypeError(
-            f"{op}: {name} must have a weight of float16, bfloat16, float32 or float64, "
-            f"got {kind} of {module.weight.dtype}"
-        )
-    check_unhooked(op, name, module)
-
-
-def check_unhooked(op: str, name: str, module: nn.Module) -> None:
-    """Raise if something hangs on the forward or backward pass of ``module``, which we replace."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(hook, "offload", False) for hook in _accelerate_hooks(module)):
-        raise ValueError(
-            f"{op}: {name} must hold its weight, got one that accelerate offloads; "
-            "load the model with a device_map without cpu and disk"
-        )
-    # what is left of accelerate's hooks moves inputs to the weight's device, as the hook of the block around
-    # it does too; only a layer with an entry of its own in device_map, as a head, has no such block
-    has_own_forward = "forward" in vars(module) and not hasattr(module, "_hf_hook")
-    if has_own_forward or any(getattr(module, kind) for kind in kinds):
-        raise ValueError(
-            f"{op}: {name} must have no hooks and no forward of its own, got some; "
-            "add them to the fused layer, which does not call what it replaces"
-        )
-
-
-def _accelerate_hooks(module: nn.Module) -> list[object]:
-    found, stack = [], [getattr(module, "_hf_hook", None)]
-    while stack:
-        hook = stack.pop()
-        # a SequentialHook holds others
-        stack.extend(getattr(hook, "hooks", ()))
-        found.append(hook)
-    return found

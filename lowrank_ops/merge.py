@@ -4,8 +4,8 @@ from contextlib import ExitStack
 
 from torch import nn
 
+from .fused_linear import FusedLinear
 from .inject import fused_layers, note_shared_weights, replace_modules, unwrapped
-from .layers import FusedLoRALinear
 
 __all__ = ["eject", "merge", "unmerge"]
 
@@ -63,13 +63,13 @@ def eject(model: nn.Module) -> nn.Module:
         ValueError: the model has no fused layer.
     """
     layers = _fused_layers("eject", model)
-    if isinstance(model, FusedLoRALinear):
-        return model.base
-    replace_modules(model, {id(layer): layer.base for layer in layers.values()})
+    if isinstance(model, FusedLinear):
+        return model.plain()
+    replace_modules(model, {id(layer): layer.plain() for layer in layers.values()})
     return model
 
 
-def _fused_layers(op: str, model: nn.Module) -> dict[str, FusedLoRALinear]:
+def _fused_layers(op: str, model: nn.Module) -> dict[str, FusedLinear]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{op}: model must be an nn.Module, got {type(model).__name__}")
     model = unwrapped(model)

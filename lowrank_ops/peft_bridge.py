@@ -6,8 +6,9 @@ from torch import nn
 
 from .adapter_config import config_from_fields
 from .config import LoRAConfig
+from .fused_linear import check_linear, check_unhooked
 from .inject import check_called, install, named_modules
-from .layers import FusedLoRALinear, check_linear, check_unhooked
+from .layers import FusedLoRALinear
 from .methods.base import adapter_dtype
 from .methods.lora import LoRA
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .fused_linear import FusedLinear
 from .inject import fused_layers, unwrapped
-from .layers import FusedLoRALinear
 
 __all__ = ["Report", "report"]
 
@@ -77,7 +77,7 @@ def _join(names: Iterable[str]) -> str:
     return ", ".join(sorted(set(names))) or "none"
 
 
-def _impl(layer: FusedLoRALinear) -> str:
+def _impl(layer: FusedLinear) -> str:
     device = layer.weight.device.type
     if layer.impl != "auto" or device == "meta":
         return layer.impl

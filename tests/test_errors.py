@@ -83,10 +83,13 @@ def test_kernels_on_a_cpu_are_refused_unless_interpreted():
             lora_linear(**arguments(), impl="triton")
 
 
+FAMILIES = ("lora_", "dense_lora_", "masked_lora_", "pruned_")
+
+
 def test_every_launcher_has_a_namesake_with_its_arguments():
     kernels = pytest.importorskip("lowrank_ops.kernels")
-    launchers = [name for name in kernels.__all__ if name.startswith("lora_")]
-    assert launchers == [name for name in reference.__all__ if name.startswith("lora_")]
+    launchers = [name for name in kernels.__all__ if name.startswith(FAMILIES)]
+    assert launchers == [name for name in reference.__all__ if name.startswith(FAMILIES)]
     for name in launchers:
         wanted = list(inspect.signature(getattr(reference, name)).parameters)
         found = inspect.signature(getattr(kernels, name)).parameters

@@ -8,6 +8,7 @@ from tiny_models import points, stir
 from torch import nn
 
 import lowrank_ops as lo
+from lowrank_ops.layer_types import LAYERS
 
 SIZES = {"square": (6, 6), "ragged": (6, 7), "one output": (6, 1)}  # (K, N)
 
@@ -16,7 +17,7 @@ def make_layer(method, sizes, dtype=torch.float64):
     torch.manual_seed(0)
     linear = nn.Linear(*sizes, dtype=dtype)
     config = lo.METHODS[method].config_class(r=3)
-    return copy.deepcopy(linear), lo.FusedLoRALinear.from_linear(linear, config)
+    return copy.deepcopy(linear), LAYERS[method].from_linear(linear, config)
 
 
 pytestmark = [
