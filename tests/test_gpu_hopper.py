@@ -1,10 +1,6 @@
 """The Hopper kernels on a Hopper GPU: accuracy, the same bits always, graphs, streams, edges, memory."""
 
 import itertools
-import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -157,7 +153,7 @@ GROUPS = [
     (EVEN, 64, 2, FP16, 0.0),
     (RAGGED, 32, 3, FP16, 0.0),
     (RAGGED, 32, 2, BF16, 0.1),
-    (SMALL, 32, 3, FP16, 0.1),
+    (SMALL, 16, 3, FP16, 0.1),
 ]
 
 
@@ -356,45 +352,3 @@ def test_a_projection_does_not_see_what_overflows_in_another(forced, R):
     assert got["h"][:, R:].isinf().any()
     assert torch.equal(got["h"][:, :R], want["h"][:, :R])
     assert torch.equal(got["y0"], want["y0"])
-
-
-SANITIZED = """
-import torch
-from lowrank_ops.kernels.dropout_mask import dropout_mask
-from lowrank_ops.kernels.hopper import HopperConfig, hopper_backward_input, hopper_forward, hopper_matmul
-from lowrank_ops.kernels.lora_backward_factors import factor_counters, factor_gradients
-
-M, N, K = 300, 136, 264
-draw = lambda *size: torch.randn(size, device="cuda").bfloat16()
-mask, C = dropout_mask(torch.tensor([5], device="cuda"), M, K, 6554), HopperConfig
-for P, R, bits in [(1, 16, None), (3, 16, mask), (1, 64, mask), (2, 24, None)]:
-    x, scales = draw(M, K), (0.5,) * P
-    Ns = [N, 72, 264][:P]
-    ws, a_list, b_list = [draw(n, K) for n in Ns], [draw(R, K) for n in Ns], [draw(n, R) for n in Ns]
-    biases, dys = [draw(n) for n in Ns], [draw(M, n) for n in Ns]
-    ys, h = hopper_forward(x, ws, a_list, b_list, biases, scales, bits, config=C())
-    kept, counters = h if R <= 16 else None, factor_counters(K, P * R)
-    dx, dh, parts, zeros = hopper_backward_input(
-        dys, ws, a_list, b_list, kept, scales, bits, counters, config=C()
-    )
-    db = None if parts is None else draw(*parts.shape[1:])
-    results = [*ys, h, dx, factor_gradients(x, dh, bits, zeros, parts, db)]
-    if P == 1:
-        results += [hopper_matmul(True, x, ws[0], h, b_list[0], biases[0], None, C(SIDES=0))]
-        results += [hopper_matmul(False, dys[0], ws[0], dh, a_list[0], None, bits, C(SIDES=0))]
-    torch.cuda.synchronize()
-    assert all(t.isfinite().all() for t in results)
-"""
-
-
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_the_sanitizer_finds_nothing_at_ragged_sizes(tool):
-    name = "compute-sanitizer"
-    program = shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
-    if program is None:
-        pytest.skip("needs compute-sanitizer")
-    command = [program, "--tool", tool, "--error-exitcode", "9"]
-    command += ["--kernel-name-exclude", "kernel_substring=at::", sys.executable, "-c", SANITIZED]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert re.search(r"SUMMARY: 0 (errors|hazards)", done.stdout), done.stdout[-2000:]
