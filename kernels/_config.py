@@ -189,7 +189,9 @@ def _hidden(
         # a short sum a block, for accuracy: these rows are too few for errors to hide among them
         rows, deep, stages = 16, 32, 3
     elif wide and dtype is torch.bfloat16:
-        rows, deep, stages = 64, 128 if R <= 16 and facts.arch == "sm90" else 64, 3
+        long = facts.arch == "sm90" and (R <= 16 or (R <= 32 and not dropout))
+        rows, deep, stages = 64, 128 if long else 64, 3
+        programs *= 2 if long and M >= 2048 and not dropout else 1
         warps = 8 if facts.arch.startswith("sm1") else 4
     elif wide:
         rows, deep, stages, warps = 32, 32, 3, 8
@@ -221,9 +223,13 @@ def _columns(
     if op == "lora_backward_a":
         # four warps keep a few bytes on the stack on sm80 with some releases of Triton
         warps = 8 if facts.arch == "sm80" else 4
-        rows, width = (32, 64) if wide else (64, 64)
-        programs *= 4 if dropout else 2
+        # float32 adapters take registers, of which large tiles leave enough where they were tried
+        large = facts.arch == "sm90" and dtype is torch.bfloat16 and R <= 32 and M >= 2048 and not dropout
+        rows, width = (32, 64) if wide and not large else (64, 64)
+        programs *= 4 if dropout or (wide and large) else 2
         leave = leave or M <= 2048
+    elif wide and facts.arch == "sm90" and dtype is torch.bfloat16 and R <= 32 and M >= 2048 <= cols:
+        rows, width, warps = 64, 128, 4
     elif wide or R > 32:
         rows, width, warps = 32, 64 if M > 64 and dtype is torch.bfloat16 else 32, 4
     elif R > 16:
