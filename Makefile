@@ -2,7 +2,8 @@
 # make demo   fine-tune a real language model        make gpu-bench    time the kernels against their peers
 # make lint   ruff                                   make gpu-profile  one traced training step
 # test, demo and lint make .venv themselves; all they need is Python 3.10 or newer with pip and venv
-# demo takes METHOD=lora or gelora, RANK, STEPS, DROPOUT, DEVICE, TEXT, SEED and OUT: make demo METHOD=gelora
+# demo takes METHOD (lora, gelora, denselora, lori, salor, salr), RANK, STEPS, DROPOUT, DEVICE, TEXT, SEED and OUT,
+# as in: make demo METHOD=gelora
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:

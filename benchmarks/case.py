@@ -77,6 +77,7 @@ class Provider:
         same_mask: its dropout mask is the one of ``Case.expected`` under the same seed of torch's generator,
             so that it can be gated with dropout; others are gated without.
         poison: its uninitialised outputs are filled with NaN before gating.
+        judged: whether it is gated. Not, if it computes another function and is there for its time alone.
         by_default: whether it takes part in a cell when the command line names no providers.
     """
 
@@ -84,6 +85,7 @@ class Provider:
     build: Callable[[Cell, dict[str, Tensor]], Layer]
     same_mask: bool = False
     poison: bool = True
+    judged: bool = True
     by_default: Callable[[Cell], bool] = lambda cell: True
 
 
@@ -110,6 +112,7 @@ class Case:
         expected: the definition in stock PyTorch, differentiable: in float64 the truth, in the cell's dtype
             the baseline that errors are measured against.
         work: least work of a cell, keyed "fwd" and "bwd".
+        tokens, dropouts: what is measured by default, where it is not what other cases measure.
     """
 
     name: str
@@ -121,6 +124,8 @@ class Case:
     make_inputs: Callable[[Cell, torch.Generator], dict[str, Tensor]]
     expected: Callable[[Cell, dict[str, Tensor]], Tensor]
     work: Callable[[Cell], dict[str, Work]]
+    tokens: tuple[int, ...] | None = None
+    dropouts: tuple[float, ...] | None = None
 
     kind: ClassVar[str] = "layer"
     exact: ClassVar[torch.dtype] = torch.float64

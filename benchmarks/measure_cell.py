@@ -63,7 +63,7 @@ def _calls(cell: Cell, provider: Provider, copies: Sequence[dict[str, Tensor]]) 
 
 def _judge(gate: Gate, provider: Provider, row: dict, floor: str) -> None:
     # the floor computes something else, and is stock PyTorch itself
-    if provider.name != floor:
+    if provider.judged and provider.name != floor:
         row.update(verdict(gate.judge(provider)))
 
 

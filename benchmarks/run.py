@@ -156,6 +156,7 @@ def _defaults(case: Case | StepCase, device: str, quick: bool) -> dict[str, obje
     if isinstance(case, StepCase):
         own = {"ranks": case.ranks, "tokens": (), "dropouts": case.dropouts, "seconds": case.seconds}
         return own | found
+    found |= {name: getattr(case, name) for name in ("tokens", "dropouts") if getattr(case, name) is not None}
     if quick:
         ranks, tokens = ((4,), (32, 1)) if device == "cpu" else ((16,), (8192, 512, 1))
         found |= {"ranks": ranks, "tokens": tokens}

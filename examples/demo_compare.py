@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import lowrank_ops as lo
+from lowrank_ops.fused_linear import FusedLinear
+from lowrank_ops.layer_salor import FusedSALORLinear
 
-__all__ = ["Measurement", "UnfusedLoRALinear", "compare", "unfuse"]
+__all__ = ["UNFUSED", "Measurement", "compare", "unfuse"]
 
 
 class UnfusedLoRALinear(nn.Module):
@@ -32,20 +35,78 @@ class UnfusedLoRALinear(nn.Module):
         return y + (self.scale * F.linear(F.linear(dropped, self.a), self.b)).to(y.dtype)
 
 
-def unfuse(model: nn.Module, fused: dict[str, lo.FusedLoRALinear]) -> nn.Module:
+def unfused_lora(layer: lo.FusedLoRALinear, base: nn.Linear) -> nn.Module:
+    a, b, scale = layer.adapter.factors(base.weight)
+    return UnfusedLoRALinear(base, a, b, scale, layer.config.lora_dropout)
+
+
+class UnfusedDenseLoRALinear(nn.Module):
+    """The DenseLoRA layer as it is written in stock PyTorch; it trains the parameters of the fused layer."""
+
+    def __init__(self, layer: lo.FusedDenseLoRALinear, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.scale, self.dropout = base, layer.adapter.scale, layer.config.lora_dropout
+        self.encoder, self.core, self.decoder = (
+            layer.adapter.encoder,
+            layer.adapter.core,
+            layer.adapter.decoder,
+        )
+        self.activation = F.gelu if layer.adapter.activation else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, p = self.base(x), self.dropout
+        h = F.linear(F.dropout(x.to(self.core.dtype), p, self.training), self.encoder)
+        h = F.dropout(self.activation(h), p, self.training)
+        update = self.activation(F.linear(F.linear(h, self.core), self.decoder))
+        return y + (self.scale * F.dropout(update, p, self.training)).to(y.dtype)
+
+
+def unfused_lori(layer: lo.FusedMaskedLoRALinear, base: nn.Linear) -> nn.Module:
+    """Return the usual way: a dense B whose gradient is multiplied by the mask."""
+    a, b, scale = layer.adapter.factors(base.weight)
+    unfused = UnfusedLoRALinear(base, a, b, scale, layer.config.lora_dropout)
+    unfused.a.requires_grad_(False)
+    if layer.adapter.is_sparse:
+        mask = layer.adapter.b.mask.to_dense()
+        unfused.b.register_hook(lambda grad: grad * mask)
+    return unfused
+
+
+def unfused_salor(layer: FusedSALORLinear, base: nn.Linear) -> nn.Module:
+    """Return the usual way: dense factors whose gradients are multiplied by the masks."""
+    unfused = unfused_lora(layer, base)
+    for dense, sparse in ((unfused.a, layer.adapter.a), (unfused.b, layer.adapter.b)):
+        dense.register_hook(partial(torch.mul, sparse.mask.to_dense()))
+    return unfused
+
+
+def unfused_salr(layer: lo.FusedPrunedLinear, base: nn.Linear) -> nn.Module:
+    """Return the pruned weight as a dense one, and all factors as one pair."""
+    base.weight = nn.Parameter(layer.weight, requires_grad=False)
+    return unfused_lora(layer, base)
+
+
+# fused layer -> what takes it and a plain layer, and returns the same in stock PyTorch
+UNFUSED: dict[type[FusedLinear], Callable[[FusedLinear, nn.Linear], nn.Module]] = {
+    lo.FusedLoRALinear: unfused_lora,
+    lo.FusedMaskedLoRALinear: unfused_lori,
+    FusedSALORLinear: unfused_salor,
+    lo.FusedDenseLoRALinear: UnfusedDenseLoRALinear,
+    lo.FusedPrunedLinear: unfused_salr,
+}
+
+
+def unfuse(model: nn.Module, fused: dict[str, FusedLinear]) -> nn.Module:
     """Put an unfused layer with the same adapter in the place of each fused one; return the model.
 
     Args:
         model: a plain model, changed in place.
-        fused: name -> layer, in a model of the same architecture.
+        fused: name -> layer, in a model of the same architecture; of a class in ``UNFUSED``.
     """
     for name, layer in fused.items():
-        base = model.get_submodule(name)
-        a, b, scale = layer.adapter.factors(base.weight)
         path, _, last = name.rpartition(".")
-        setattr(
-            model.get_submodule(path), last, UnfusedLoRALinear(base, a, b, scale, layer.config.lora_dropout)
-        )
+        parent = model.get_submodule(path)
+        setattr(parent, last, UNFUSED[type(layer)](layer, parent.get_submodule(last)))
     return model
 
 

@@ -1,4 +1,4 @@
-"""Fine-tune a real language model through FusedLoRALinear, and show what that costs and what it gives.
+"""Fine-tune a real language model through fused adapters, and show what that costs and what it gives.
 
 Base: SmolLM2-135M-Instruct. Text: the standard library's own sources, some files held out, or --text.
 Run it with ``make demo``; ``python examples/finetune.py --help`` lists the options.
@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import torch
-from demo_compare import Measurement, compare, unfuse
-from demo_gelora import gelora_config
+from demo_compare import UNFUSED, Measurement, compare, unfuse
+from demo_methods import METHODS, Follow
 from demo_model import load_model, load_tokenizer, prepare
 from demo_plot import plot_losses
 from demo_text import split_texts, stdlib_files, tokenise, windows
@@ -25,6 +25,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import lowrank_ops as lo
+from lowrank_ops.config import MethodConfig
+from lowrank_ops.fused_linear import FusedLinear
 
 PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
 
@@ -62,16 +64,20 @@ def rate(text: str) -> float:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="finetune", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--method", choices=["lora", "gelora"], default="lora")
+    parser.add_argument("--method", choices=METHODS, default="lora")
     parser.add_argument("--steps", type=positive, help="optimiser steps; 30 on a CPU, 200 on a GPU")
-    parser.add_argument("--rank", type=positive, default=16, help="rank, 1 to 512; with gelora the mean rank")
+    parser.add_argument("--rank", type=positive, help="1 to 512, by the method; with gelora the mean rank")
     parser.add_argument("--dropout", type=float, default=0.0, help="probability, in [0, 1)")
-    parser.add_argument("--lr", type=rate, default=1e-3, help="largest learning rate of AdamW")
+    parser.add_argument("--lr", type=rate, help="largest learning rate of AdamW; by the method")
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 files to train on")
     parser.add_argument("--model", type=Path, help="GGUF or model folder instead of SmolLM2")
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder of the results")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    method = METHODS[args.method]
+    args.lr = method.lr if args.lr is None else args.lr
+    args.rank = args.rank or method.rank
+    return args
 
 
 def pick_device(name: str) -> torch.device:
@@ -105,13 +111,22 @@ def learning_rate(step: int, steps: int, warm_up: int = 4) -> float:
 
 
 def train(
-    model: nn.Module, tokens: Tensor, held_out: Tensor, budget: Budget, args: argparse.Namespace
+    model: nn.Module,
+    tokens: Tensor,
+    held_out: Tensor,
+    budget: Budget,
+    args: argparse.Namespace,
+    follow: Follow | None = None,
 ) -> tuple[list[float], dict[int, float]]:
-    """Train the adapter; return the loss of each step, and of held-out text at a few, in nats per token."""
+    """Train the adapter; return the loss of each step, and of held-out text at a few, in nats per token.
+
+    ``follow`` is that of the method, if it has one: see ``demo_methods.Method``.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, budget.steps))
     batches = windows(tokens, budget.length, budget.steps * budget.batch, args.seed).split(budget.batch)
+    after_step = None if follow is None else follow(model, optimizer, budget.steps, args)
     losses: list[float] = []
     measured = {0: held_out_loss(model, held_out)}
     check_at = {round(budget.steps * part) for part in (1 / 3, 2 / 3, 1)}
@@ -122,6 +137,8 @@ def train(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
+            if after_step is not None:
+                after_step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
             losses.append(loss.item())
@@ -173,9 +190,11 @@ def write_results(path: Path, results: dict[str, object]) -> None:
 
 def compare_layers(model: nn.Module, folder: Path, batch: Tensor, budget: Budget) -> dict[str, Measurement]:
     """Compare a training step of the model with the same model built of unfused layers."""
-    fused = {name: layer for name, layer in model.named_modules() if isinstance(layer, lo.FusedLoRALinear)}
-    unfused = unfuse(load_model(folder, batch.device, budget.dtype), fused)
-    return compare({"FusedLoRALinear": model, "unfused PyTorch": unfused}, batch, budget.rounds)
+    fused = {name: layer for name, layer in model.named_modules() if isinstance(layer, FusedLinear)}
+    models = {type(next(iter(fused.values()))).__name__: model}
+    if all(type(layer) in UNFUSED for layer in fused.values()):
+        models["unfused PyTorch"] = unfuse(load_model(folder, batch.device, budget.dtype), fused)
+    return compare(models, batch, budget.rounds)
 
 
 def load_tokens(files: list[Path], seed: int, tokenizer: Tokenizer, length: int) -> tuple[Tensor, Tensor]:
@@ -200,9 +219,9 @@ def check_learning(before: float, after: float, steps: int) -> None:
         )
 
 
-def make_config(args: argparse.Namespace) -> lo.LoRAConfig:
+def make_config(args: argparse.Namespace) -> MethodConfig:
     try:
-        return lo.LoRAConfig(r=args.rank, lora_alpha=2 * args.rank, lora_dropout=args.dropout)
+        return METHODS[args.method].config(args)
     except ValueError as error:
         raise SystemExit(f"finetune: {error}") from error
 
@@ -222,13 +241,6 @@ def show_lines(lines: dict[str, str]) -> None:
         print(f"{when} training\n{textwrap.indent(line.strip(), '  ')}\n")
 
 
-def adapt(model: nn.Module, tokens: Tensor, config: lo.LoRAConfig, args: argparse.Namespace) -> None:
-    """Put the method's adapters into the model, and say what they are."""
-    if args.method == "gelora":
-        config = gelora_config(model, tokens, config, args.seed, args.out)
-    print(lo.report(lo.inject(model, config)))
-
-
 def run(args: argparse.Namespace) -> dict[str, object]:
     """Do everything that the module's docstring promises and return what was measured."""
     device, config = pick_device(args.device), make_config(args)
@@ -244,8 +256,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
 
     model = load_model(folder, device, budget.dtype)
     lines = {"before": generate(model, tokenizer, device)}
-    adapt(model, tokens, config, args)
-    losses, measured = train(model, tokens, held_out, budget, args)
+    METHODS[args.method].adapt(model, tokens, config, args)
+    losses, measured = train(model, tokens, held_out, budget, args, METHODS[args.method].follow)
     title = f"{folder.name}, {args.method}, rank {args.rank}, {device.type}"
     plot_losses(args.out / "loss.png", losses, measured, title, budget.batch * budget.length)
     check_learning(measured[0], measured[budget.steps], budget.steps)
@@ -266,6 +278,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         "train_loss": losses,
         "held_out_loss": measured,
         "generated": lines,
+        "trainable": lo.report(model).trainable,
         "reload_difference": difference,
         "costs": {name: dataclasses.asdict(cost) for name, cost in costs.items()},
     }

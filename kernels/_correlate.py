@@ -118,3 +118,14 @@ def correlate(
     if parts > 1:
         sum_parts((target, flat))
     return out
+
+
+def correlate_parts(t: Tensor, factor: Tensor, config: TileConfig) -> Tensor:
+    """Return the parts of ``tᵀ factor``, (S, cols, R), of which it is the sum."""
+    (rows, cols), R, dtype = t.shape, factor.shape[1], t.dtype
+    parts = _shares(rows, R, dtype, factor.dtype, aligned(t), config)[-1]
+    acc_type = torch.float64 if dtype is torch.float64 else torch.float32
+    target = t.new_empty(parts, cols, R, dtype=acc_type)
+    if target.numel():
+        launch(_prepare, (t, factor, None, target), R, 1, 0, config)
+    return target

@@ -138,9 +138,9 @@ def _copy_role(
 @gluon.jit
 def _compute_role(
     big0, s0, rank0, out0, out1, out2, hid, kept, l_bufs, r_bufs, y_buf, empty, full,
-    bias0, bias1, bias2, hidden_ptr, flags_ptr, words_ptr, parts_ptr, pitch,
+    bias0, bias1, bias2, hidden_ptr, flags_ptr, words_ptr, parts_ptr, entries_ptr, starts_ptr, entries, pitch,
     M, N0, N1, N2, K, R, scale0, scale1, scale2,
-    FORWARD: gl.constexpr, BIAS: gl.constexpr, DROP: gl.constexpr, DB: gl.constexpr,
+    FORWARD: gl.constexpr, BIAS: gl.constexpr, DROP: gl.constexpr, DB: gl.constexpr, ENTRIES: gl.constexpr,
     SIDES: gl.constexpr, P: gl.constexpr, SLOTS: gl.constexpr, GROUP_M: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_R: gl.constexpr,
     SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
@@ -154,8 +154,8 @@ def _compute_role(
         else:
             _side_backward(
                 big0, s0, kept, l_bufs, r_bufs, y_buf, empty, full, hidden_ptr, flags_ptr, parts_ptr,
-                M, N0, N1, N2, R, scale0, scale1, scale2,
-                DB, SIDES, P, BLOCK_R, SIDE_ROWS, SIDE_COLS, STAGES,
+                entries_ptr, starts_ptr, entries, M, N0, N1, N2, R, scale0, scale1, scale2,
+                DB, ENTRIES, SIDES, P, BLOCK_R, SIDE_ROWS, SIDE_COLS, STAGES,
             )  # fmt: skip
     _gemm_consumer(
         out0, out1, out2, hid, rank0, l_bufs, r_bufs, y_buf, empty, full,
@@ -167,9 +167,9 @@ def _compute_role(
 @gluon.jit
 def hopper_kernel(
     big0, big1, big2, w0, w1, w2, s0, s1, s2, rank0, rank1, rank2, out0, out1, out2, hid, kept,
-    bias0, bias1, bias2, hidden_ptr, flags_ptr, words_ptr, parts_ptr, pitch,
+    bias0, bias1, bias2, hidden_ptr, flags_ptr, words_ptr, parts_ptr, entries_ptr, starts_ptr, entries, pitch,
     M, N0, N1, N2, K, R, scale0, scale1, scale2,
-    FORWARD: gl.constexpr, BIAS: gl.constexpr, DROP: gl.constexpr, DB: gl.constexpr,
+    FORWARD: gl.constexpr, BIAS: gl.constexpr, DROP: gl.constexpr, DB: gl.constexpr, ENTRIES: gl.constexpr,
     SIDES: gl.constexpr, P: gl.constexpr, SLOTS: gl.constexpr, GROUP_M: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_R: gl.constexpr,
     SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
@@ -177,17 +177,21 @@ def hopper_kernel(
     """Forward: out_i = big0 w_iᵀ + h_i rank_iᵀ + bias_i, h_i = scale_i (mask ∘ big0) s_iᵀ; i < P projections
 
     Backward: out0 = sum_i (big_i w_i + mask ∘ (h_i rank_i)), h_i = scale_i big_i s_i, and with DB the parts
-    parts[p] of sum_rows big_iᵀ kept_i, one for each side program p. With SIDES = 0, h is given.
+    parts[p] of sum_rows big_iᵀ kept_i, one for each side program p; with ENTRIES only those that a mask of
+    s0 has, packed. With SIDES = 0, h is given.
 
     Tensors   descriptors: big (M, K) or (M, N_i), w (N_i, K), s and rank the small factors (a and b, or b and
               a), out, hid = h and kept (M, P·R); words (M, pitch) int32, the mask's bits; flags, a zero for
-              every SIDE_ROWS rows; parts (SIDES, sum of N_i, R) float32 zeros.
+              every SIDE_ROWS rows; parts (SIDES, sum of N_i, R) float32 zeros, or with ENTRIES (SIDES,
+              entries); entries_ptr (N0,) int32, one bit a rank, and starts_ptr (N0,) int32, where the
+              entries of a row begin.
     Program   the first SIDES: blocks of SIDE_ROWS rows of h; the others: tiles of out, GROUP_M rows of tiles
               at a time. One warp copies, eight compute.
     Numerics  16-bit products summed in float32; h rounded once; a dropped element of out is rounded before
               the update; every sum has a fixed order.
     Traffic   h's operand once more from L2 or memory, beside what the GEMM reads.
-    Requires  rows on multiples of 16 bytes; R ≤ 128, ≤ 16 with DB; SLOTS·BLOCK_R ≤ 128, 64 with a mask.
+    Requires  rows on multiples of 16 bytes; R ≤ 128, ≤ 16 with DB, ≤ 32 with ENTRIES, which needs DB and
+              P = 1; SLOTS·BLOCK_R ≤ 128, 64 with a mask.
     """
     flags_ptr = flags_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
     l_bufs = gl.allocate_shared_memory(big0.dtype, [STAGES] + big0.block_type.shape, big0.layout)
@@ -203,8 +207,9 @@ def hopper_kernel(
         [
             (_compute_role, (
                 big0, s0, rank0, out0, out1, out2, hid, kept, l_bufs, r_bufs, y_buf, empty, full,
-                bias0, bias1, bias2, hidden_ptr, flags_ptr, words_ptr, parts_ptr, pitch, M, N0, N1, N2, K, R,
-                scale0, scale1, scale2, FORWARD, BIAS, DROP, DB, SIDES, P, SLOTS, GROUP_M,
+                bias0, bias1, bias2, hidden_ptr, flags_ptr, words_ptr, parts_ptr,
+                entries_ptr, starts_ptr, entries, pitch, M, N0, N1, N2, K, R,
+                scale0, scale1, scale2, FORWARD, BIAS, DROP, DB, ENTRIES, SIDES, P, SLOTS, GROUP_M,
                 BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, SIDE_ROWS, SIDE_COLS, STAGES,
             )),
             (_copy_role, (

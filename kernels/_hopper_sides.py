@@ -147,6 +147,26 @@ def _add_part(parts_ptr, part, k, depth, R):
 
 
 @gluon.jit
+def _entries_of(words_ptr, starts_ptr, k, depth, HALF: gl.constexpr, layout: gl.constexpr):
+    """The words of HALF rows of b's mask, one a row, and where the entries of each row begin."""
+    row = k + gl.arange(0, HALF, layout)
+    words = gl.load(words_ptr + row, mask=row < depth, other=0)
+    return words, gl.load(starts_ptr + row, mask=row < depth, other=0)
+
+
+@gluon.jit
+def _add_entries(entries_ptr, part, words, starts):
+    """Add those entries of a tile of db that b's mask has to this program's own packed sum, as _add_part."""
+    rank = gl.arange(0, part.shape[1], gl.SliceLayout(0, part.type.layout))[None, :]
+    before = words[:, None] & ((1 << rank) - 1)
+    count = gl.inline_asm_elementwise(
+        "popc.b32 $0, $1;", "=r,r", [before], dtype=gl.int32, is_pure=True, pack=1
+    )
+    inside = (words[:, None] >> rank & 1) != 0
+    gl.atomic_add(entries_ptr + (starts[:, None] + count), part, mask=inside, sem="relaxed", scope="gpu")
+
+
+@gluon.jit
 def _half_step(
     dy, b, h, acc, part, add, step, l_bufs, r_bufs, full, HALF: gl.constexpr, STAGES: gl.constexpr
 ):
@@ -163,9 +183,13 @@ def _half_step(
 @gluon.jit
 def _side_hidden_b(
     dy, b, kept, row, at, depth, count, step, l_bufs, r_bufs, y_buf, empty, full, parts_ptr,
-    hidden_ptr, M, R, WIDTH, scale, BLOCK_R: gl.constexpr, SIDE_ROWS: gl.constexpr, STAGES: gl.constexpr,
+    entries_ptr, starts_ptr, hidden_ptr, M, R, WIDTH, scale,
+    ENTRIES: gl.constexpr, BLOCK_R: gl.constexpr, SIDE_ROWS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dh as _side_hidden, and this block's part of db = dyᵀ h from the same read of dy."""
+    """dh as _side_hidden, and this block's part of db = dyᵀ h from the same read of dy.
+
+    With ENTRIES only of what b's mask has, packed.
+    """
     HALF: gl.constexpr = SIDE_ROWS // 2
     H: gl.constexpr = [4, HALF, BLOCK_R]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_R, 16])
@@ -176,13 +200,20 @@ def _side_hidden_b(
     above = gl.zeros((HALF, BLOCK_R), gl.float32, layout)
     below = gl.zeros((HALF, BLOCK_R), gl.float32, layout)
     done = gl.zeros((HALF, BLOCK_R), gl.float32, layout)
+    if ENTRIES:
+        words = gl.zeros((HALF,), gl.int32, gl.SliceLayout(1, layout))
+        starts = words
     for k in range(0, depth, HALF):
         part = gl.zeros((HALF, BLOCK_R), gl.float32, layout)
         above, part = _half_step(
             dy, b, h.index(2 * (count & 1)), above, part, False, step, l_bufs, r_bufs, full, HALF, STAGES
         )
         # the tile before, while the tensor cores are at this one
-        _add_part(parts_ptr, done, k - HALF, depth, R)
+        if ENTRIES:
+            _add_entries(parts_ptr, done, words, starts)
+            words, starts = _entries_of(entries_ptr, starts_ptr, k, depth, HALF, gl.SliceLayout(1, layout))
+        else:
+            _add_part(parts_ptr, done, k - HALF, depth, R)
         above, part = warpgroup_mma_wait(0, (above, part))
         mbarrier.arrive(empty.index(step % STAGES), count=1)
         step += 1
@@ -192,7 +223,10 @@ def _side_hidden_b(
         below, done = warpgroup_mma_wait(0, (below, part))
         mbarrier.arrive(empty.index(step % STAGES), count=1)
         step += 1
-    _add_part(parts_ptr, done, (gl.cdiv(depth, HALF) - 1) * HALF, depth, R)
+    if ENTRIES:
+        _add_entries(parts_ptr, done, words, starts)
+    else:
+        _add_part(parts_ptr, done, (gl.cdiv(depth, HALF) - 1) * HALF, depth, R)
     _store_hidden(above, hidden_ptr + at, row, 0, M, R, WIDTH, scale, scale, scale, BLOCK_R)
     _store_hidden(below, hidden_ptr + at, row + HALF, 0, M, R, WIDTH, scale, scale, scale, BLOCK_R)
     return step
@@ -201,12 +235,14 @@ def _side_hidden_b(
 @gluon.jit
 def _side_backward(
     dy, b, kept, l_bufs, r_bufs, y_buf, empty, full, hidden_ptr, flags_ptr, parts_ptr,
-    M, N0, N1, N2, R, scale0, scale1, scale2,
-    DB: gl.constexpr, SIDES: gl.constexpr, P: gl.constexpr, BLOCK_R: gl.constexpr,
+    entries_ptr, starts_ptr, entries, M, N0, N1, N2, R, scale0, scale1, scale2,
+    DB: gl.constexpr, ENTRIES: gl.constexpr, SIDES: gl.constexpr, P: gl.constexpr, BLOCK_R: gl.constexpr,
     SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     own_ptr = parts_ptr
-    if DB:
+    if ENTRIES:
+        own_ptr += gl.program_id(0) * entries
+    elif DB:
         own_ptr += gl.program_id(0) * (N0 + N1 + N2) * R
     step = 0
     count = 0
@@ -221,7 +257,8 @@ def _side_backward(
             if DB:
                 step = _side_hidden_b(
                     dy, b, kept, row, i * R, depth, count, step, l_bufs, r_bufs, y_buf, empty, full,
-                    own_ptr + first * R, hidden_ptr, M, R, P * R, scale, BLOCK_R, SIDE_ROWS, STAGES,
+                    own_ptr + first * R, entries_ptr, starts_ptr, hidden_ptr, M, R, P * R, scale,
+                    ENTRIES, BLOCK_R, SIDE_ROWS, STAGES,
                 )  # fmt: skip
             else:
                 step = _side_hidden(

@@ -12,6 +12,10 @@ from torch import Tensor
 
 from ._config import TileConfig, device_facts, pick, pick_for
 from ._matmul import extended_matmul
+from ._ragged import cut_columns, cut_rows, filled_columns, filled_rows, is_ragged
+from .bitmap_codec import bitmap_decode, bitmap_encode, pruned_decode, two_four_decode
+from .dense_dispatch import DispatchPasses
+from .dense_dispatch import output as dense_output
 from .lora_backward import lora_backward_a as triton_a
 from .lora_backward import lora_backward_b as triton_b
 from .lora_backward import lora_backward_hidden as triton_backward_hidden
@@ -20,9 +24,16 @@ from .lora_backward_hidden_b import lora_backward_hidden_b as triton_hidden_b
 from .lora_forward import drop_threshold
 from .lora_forward import lora_hidden as triton_hidden
 from .lora_group import Passes
+from .masked_dispatch import masked_passes
+from .masked_values import pack_sum, unpack_values
 from .nearest_neighbors import nearest_neighbors
+from .pruned import PrunedPasses
 
 __all__ = [
+    "bitmap_decode",
+    "bitmap_encode",
+    "dense_lora_backward",
+    "dense_lora_forward",
     "lora_backward",
     "lora_backward_a",
     "lora_backward_b",
@@ -33,7 +44,15 @@ __all__ = [
     "lora_group_backward",
     "lora_group_forward",
     "lora_hidden",
+    "masked_lora_backward",
+    "masked_lora_forward",
     "nearest_neighbors",
+    "pack_sum",
+    "pruned_backward",
+    "pruned_decode",
+    "pruned_matmul",
+    "two_four_decode",
+    "unpack_values",
 ]
 
 ADD_UPDATE = TileConfig(BLOCK_ROWS=32, BLOCK_COLS=128, BLOCK_DEPTH=64, num_stages=1)
@@ -103,8 +122,11 @@ def lora_forward(
         done = hopper.lora_forward(x, [w], [a], [b], [bias], [scale], seed, dropout_p)
         if done is not None:
             return done[0][0], *done[1:]
+    R = a.shape[0]
+    if is_ragged([R], x.numel()):
+        a, b = filled_rows(a), filled_columns(b)
     h = lora_hidden(x, a, scale, seed, dropout_p)
-    return _output(x, w, h, b, bias), h, None
+    return _output(x, w, h, b, bias), h if h.shape[1] == R else h[:, :R], None
 
 
 def _output(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -181,7 +203,6 @@ def lora_backward(
     need_b: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See ``kernels.lora_backward``."""
-    dx = da = db = dh = None
     if need_x and need_a and need_b and seed is None and a.dtype == dy.dtype:
         if _is_left(dy.device, *x.shape, *b.shape, dy.dtype):
             dh = _scaled_mm(dy, b, scale)
@@ -192,6 +213,30 @@ def lora_backward(
         if done is not None:
             dx, da, (db,) = done
             return dx, da, lora_backward_b(dy, h) if need_b and db is None else db
+    R = (h if b is None else b).shape[1]
+    needs = (need_x, need_a, need_b)
+    if not is_ragged([R], dy.numel()):
+        return _backward_in_passes(dy, x, w, a, b, h, scale, seed, dropout_p, *needs)
+    a, b, h = filled_rows(a), filled_columns(b), filled_columns(h)
+    dx, da, db = _backward_in_passes(dy, x, w, a, b, h, scale, seed, dropout_p, *needs)
+    return dx, *cut_rows([da], [R]), *cut_columns([db], [R])
+
+
+def _backward_in_passes(
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    h: Tensor | None,
+    scale: float,
+    seed: Tensor | None,
+    dropout_p: float,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dx = da = db = dh = None
     if need_b and (need_x or need_a):
         dh, db = lora_backward_hidden_b(dy, b, h, scale)
     elif need_b:
@@ -218,6 +263,13 @@ _GROUP = Passes(
 )
 
 
+_MASKED = masked_passes(lora_hidden, lora_forward, lora_backward_hidden, lora_backward_a, lora_backward_input)
+masked_lora_forward, masked_lora_backward = _MASKED.forward, _MASKED.backward
+
+_DENSE = DispatchPasses(lora_hidden, dense_output, lora_backward_b, lora_backward_a, lora_backward_input)
+dense_lora_forward, dense_lora_backward = _DENSE.forward, _DENSE.backward
+
+
 def lora_group_forward(
     x: Tensor,
     ws: list[Tensor],
@@ -234,7 +286,13 @@ def lora_group_forward(
         done = hopper.lora_forward(x, ws, a_list, b_list, biases, scales, seed, dropout_p)
         if done is not None:
             return done
-    return _GROUP.forward(x, ws, a_list, b_list, biases, scales, seed, dropout_p)
+    ranks = [a.shape[0] for a in a_list]
+    if not is_ragged(ranks, x.numel()):
+        return _GROUP.forward(x, ws, a_list, b_list, biases, scales, seed, dropout_p)
+    a_list, b_list = [filled_rows(a) for a in a_list], [filled_columns(b) for b in b_list]
+    ys, h, mask = _GROUP.forward(x, ws, a_list, b_list, biases, scales, seed, dropout_p)
+    parts = zip(h.split([a.shape[0] for a in a_list], 1), ranks, strict=True)
+    return ys, torch.cat([part[:, :rank] for part, rank in parts], 1), mask
 
 
 def lora_group_backward(
@@ -264,11 +322,18 @@ def lora_group_backward(
             das = [None] * len(ws) if da is None else da.split(R)
             if any(need_b) and dbs[0] is None:
                 dbs = [lora_backward_b(dy, h[:, i * R : i * R + R]) for i, dy in enumerate(dys)]
-            return (
-                dx,
-                [grad if need else None for grad, need in zip(das, need_a, strict=True)],
-                [grad if need else None for grad, need in zip(dbs, need_b, strict=True)],
-            )
-    return _GROUP.backward(
-        dys, x, ws, a_list, b_list, h, mask, scales, seed, dropout_p, need_x, need_a, need_b
-    )
+            das = [grad if need else None for grad, need in zip(das, need_a, strict=True)]
+            return dx, das, [grad if need else None for grad, need in zip(dbs, need_b, strict=True)]
+    needs = (need_x, need_a, need_b)
+    ranks = [b.shape[1] for b in b_list]
+    if not is_ragged(ranks, max(dy.numel() for dy in dys if dy is not None)):
+        return _GROUP.backward(dys, x, ws, a_list, b_list, h, mask, scales, seed, dropout_p, *needs)
+    a_list, b_list = [filled_rows(a) for a in a_list], [filled_columns(b) for b in b_list]
+    h = filled_columns(h, ranks)
+    dx, das, dbs = _GROUP.backward(dys, x, ws, a_list, b_list, h, mask, scales, seed, dropout_p, *needs)
+    return dx, cut_rows(das, ranks), cut_columns(dbs, ranks)
+
+
+_PRUNED = PrunedPasses(lora_hidden, lora_forward, lora_backward, F.linear, torch.mm, widest_few=2)
+pruned_matmul = _PRUNED.pruned_matmul
+pruned_backward = _PRUNED.pruned_backward

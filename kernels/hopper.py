@@ -5,6 +5,7 @@ Each returns None, and has done nothing, where the copy engine does not take the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import triton
@@ -84,10 +85,10 @@ def _programs(M: int, outs: Sequence[Tensor], c: HopperConfig) -> int:
 
 def _prepare(*everything: object) -> Launch | None:
     """Lay out a launch; ``everything``: what ``_launch_pass`` gives to ``launch``, in that order."""
-    *tensors, lengths, forward, scales, c = everything
+    *tensors, lengths, forward, scales, entries, c = everything
     tensors = iter(tensors)
     bigs, ws, smalls, ranks, biases = ([next(tensors) for _ in range(n)] for n in lengths)
-    mask, kept, hidden, zeros, parts, *outs = tensors
+    mask, kept, places, starts, hidden, zeros, parts, *outs = tensors
     operands = [hidden, *bigs, *ws, *smalls, *ranks, *outs, *([] if kept is None else [kept])]
     if not _serves(operands, hidden.dtype) or any(bias.stride(0) != 1 for bias in biases):
         return None
@@ -108,10 +109,11 @@ def _prepare(*everything: object) -> Launch | None:
         _box(hidden, [c.BLOCK_M, RANK]),
         _box(hidden if kept is None else kept, [c.SIDE_ROWS // 2, RANK]),
         *_padded(biases),
-        hidden, flags, mask, flags if parts is None else parts, 0 if mask is None else mask.shape[1],
+        hidden, flags, mask, flags if parts is None else parts,
+        places, starts, entries, 0 if mask is None else mask.shape[1],
         M, *_padded([w.shape[0] for w in ws], 0), K, R, *_padded(scales, 0.0),
         FORWARD=forward, BIAS=len(biases) > 0, DROP=mask is not None, DB=kept is not None,
-        SIDES=c.SIDES, P=P, SLOTS=triton.next_power_of_2(P), GROUP_M=c.GROUP_M,
+        ENTRIES=places is not None, SIDES=c.SIDES, P=P, SLOTS=triton.next_power_of_2(P), GROUP_M=c.GROUP_M,
         BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, BLOCK_R=BLOCK_R,
         SIDE_ROWS=c.SIDE_ROWS, SIDE_COLS=SIDE_COLS, STAGES=c.STAGES,
         num_warps=8, maxnreg=168, enable_fp_fusion=True,
@@ -127,17 +129,19 @@ def _launch_pass(
     fresh: tuple[Tensor | Part | None, ...],
     scales: tuple[float, ...],
     config: HopperConfig,
+    entries: tuple[Tensor | None, Tensor | None, int] = (None, None, 0),
 ) -> bool:
     """Launch and return True, or False if the kernels do not take the tensors as they are.
 
     ``lists``: what is multiplied by the base weights and by the small factors, base weights, small factors,
     those that the hidden factor is multiplied by, biases. ``given`` and ``fresh``: together the hidden one,
-    zeros, parts of db, outputs; fresh those that are allocated here.
+    zeros, parts of db, outputs; fresh those that are allocated here. ``entries``: as for
+    :func:`hopper_backward_input`.
     """
     bigs, ws, smalls, ranks, biases = lists
     lengths = (len(bigs), len(ws), len(smalls), len(ranks), len(biases))
-    tensors = (*bigs, *ws, *smalls, *ranks, *biases, mask, kept, *given)
-    return launch(_prepare, tensors, lengths, forward, scales, config, fresh=fresh)
+    tensors = (*bigs, *ws, *smalls, *ranks, *biases, mask, kept, *entries[:2], *given)
+    return launch(_prepare, tensors, lengths, forward, scales, entries[2], config, fresh=fresh)
 
 
 def _zeros(like: Tensor, count: int) -> Tensor:
@@ -181,14 +185,16 @@ def hopper_backward_input(
     scales: tuple[float, ...],
     mask: Tensor | None,
     counters: int = 0,
+    entries: tuple[Tensor, Tensor, int] | None = None,
     *,
     config: HopperConfig,
 ) -> tuple[Tensor, Tensor, Part | None, Part] | None:
     """Return ``dx = Σ (dy w + mask ∘ (dh a))``, (M, K), and ``dh = scale·dy b`` side by side, (M, P·R).
 
     With ``h`` of the forward pass, (M, P·R), R ≤ 16, a third result has the parts of ``db = dyᵀ h``, float32
-    (SIDES, sum of N, R), of which db is the sum. ``mask`` as in :func:`hopper_forward`. A fourth
-    result is at least that many ``counters``, int32 zeros.
+    (SIDES, sum of N, R), of which db is the sum; with ``entries``, P = 1 and R ≤ 32, of those entries alone,
+    (SIDES, nnz): words (N, 1) and offsets, both int32, and nnz of the mask that has them. ``mask`` as in
+    :func:`hopper_forward`. A fourth result is at least that many ``counters``, int32 zeros.
     """
     M, P, R = dys[0].shape[0], len(ws), b_list[0].shape[1]
     dx = dys[0].new_empty(M, ws[0].shape[1])
@@ -200,10 +206,11 @@ def hopper_backward_input(
         zeros = _zeros(dx, first)
     else:
         wide = ws[0].shape[0] if P == 1 else sum(w.shape[0] for w in ws)
-        zeros = _zeros(dx, first + config.SIDES * wide * R)
-        parts = Part(zeros, first, (config.SIDES, wide, R), torch.float32)
+        shape = (config.SIDES, wide, R) if entries is None else (config.SIDES, entries[2])
+        zeros = _zeros(dx, first + prod(shape))
+        parts = Part(zeros, first, shape, torch.float32)
     lists, fresh = (dys, ws, b_list, a_list, ()), (hidden, zeros, parts, dx)
-    done = _launch_pass(False, lists, mask, h, (), fresh, scales, config)
+    done = _launch_pass(False, lists, mask, h, (), fresh, scales, config, entries or (None, None, 0))
     return (dx, hidden, parts, Part(zeros, flags, (counters,), torch.int32)) if done else None
 
 

@@ -116,7 +116,9 @@ def _prepare(
     db_parts: Tensor | None,
     each: int,
     sizes: tuple[int, ...] | None,
+    dtype: torch.dtype,
 ) -> Launch:
+    """Lay out the launch; ``dtype``, of da, is there to be a part of its key."""
     (M, K), R = x.shape, dh.shape[1]
     BLOCK_K, BLOCK_R, _ = _blocks(K, R)
     count = 1 if shares is None else shares.shape[0]
@@ -136,16 +138,18 @@ def factor_gradients(
     counters: Tensor | Part,
     db_parts: Tensor | Part | None = None,
     db: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return ``da = dhᵀ (mask ∘ x)``, (R, K); and write ``db``, the sum of ``db_parts`` (S, *db.shape).
 
-    ``counters``: int32 zeros, ``factor_counters(K, R)`` of them or more, which are used up. ``db_parts``:
-    float32. Both contiguous.
+    ``dtype``: of da, that of dh unless given. ``counters``: int32 zeros, ``factor_counters(K, R)`` of them or
+    more, which are used up. ``db_parts``: float32. Both contiguous.
     """
     (M, K), R = x.shape, dh.shape[1]
     each, count = _shares(M, K, R, mask is not None, device_facts(x.device))
-    da = dh.new_empty(R, K)
+    dtype = dh.dtype if dtype is None else dtype
+    da = dh.new_empty((R, K), dtype=dtype)
     shares = None if count == 1 else dh.new_empty((count, K, R), dtype=torch.float32)
     sizes = None if db_parts is None else db_parts.shape
-    launch(_prepare, (x, dh, mask, db), each, sizes, fresh=(da, shares, counters, db_parts))
+    launch(_prepare, (x, dh, mask, db), each, sizes, dtype, fresh=(da, shares, counters, db_parts))
     return da

@@ -92,19 +92,28 @@ def _prepare(
     )  # fmt: skip
 
 
-def lora_backward_hidden_b(
-    dy: Tensor, b: Tensor, h: Tensor, scale: float, *, config: TileConfig | None = None
+def hidden_b_parts(
+    dy: Tensor, b: Tensor, h: Tensor, scale: float, config: TileConfig
 ) -> tuple[Tensor, Tensor]:
-    """Return ``dh = scale · dy b``, (M, R), and ``db = dyᵀ h``, (N, R), dtype of ``b``; dy is read once."""
+    """Return the parts of dh, (blocks, M, R), and of db, (shares, N, R), of which these are the sums."""
     (M, N), R, dtype = dy.shape, b.shape[1], dy.dtype
-    dh, db = b.new_empty(M, R), b.new_empty(N, R)
-    if M == 0 or N == 0:
-        return dh.zero_(), db.zero_()
-    config = config or pick_for("lora_backward_hidden_b", dy, b, N, 0, R)
     *_, blocks, shares, _ = _shares(M, N, R, dtype, b.dtype, aligned(dy), config)
     acc_type = torch.float64 if dtype is torch.float64 else torch.float32
     dh_parts = dy.new_empty(blocks, M, R, dtype=acc_type)
     db_parts = dy.new_empty(shares, N, R, dtype=acc_type)
     launch(_prepare, (dy, b, h, dh_parts, db_parts), scale, config)
+    return dh_parts, db_parts
+
+
+def lora_backward_hidden_b(
+    dy: Tensor, b: Tensor, h: Tensor, scale: float, *, config: TileConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return ``dh = scale · dy b``, (M, R), and ``db = dyᵀ h``, (N, R), dtype of ``b``; dy is read once."""
+    (M, N), R = dy.shape, b.shape[1]
+    dh, db = b.new_empty(M, R), b.new_empty(N, R)
+    if M == 0 or N == 0:
+        return dh.zero_(), db.zero_()
+    config = config or pick_for("lora_backward_hidden_b", dy, b, N, 0, R)
+    dh_parts, db_parts = hidden_b_parts(dy, b, h, scale, config)
     sum_parts((dh_parts, dh), (db_parts, db))
     return dh, db

@@ -35,11 +35,12 @@ from .inject import (
     unwrapped,
 )
 from .layers import FusedLoRALinear
+from .lora_files import check_file_dtype
 from .methods.base import adapter_dtype
 from .methods.lora import LoRA
 from .own_files import is_own, load_own, save_own
 
-__all__ = ["load_adapter", "save_adapter"]
+__all__ = ["load_adapter", "read_lora", "save_adapter"]
 
 
 @dataclass(frozen=True)
@@ -54,33 +55,39 @@ class _Stored:
     copies: dict[str, Tensor]
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def save_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+) -> None:
     """Write the adapters of ``model`` to ``folder``, as PEFT does: ``PeftModel.from_pretrained`` reads them.
 
     Both files are written under temporary names and then renamed, so that neither is ever half written, and
     both are as before if one cannot be replaced.
-    Tensors keep their dtype. A merged model saves the same files. The files of a method that PEFT lacks have
+    A merged model saves the same files. The files of a method that PEFT lacks have
     the same names and are read by ``load_adapter`` alone; a tensor that layers share is in them once.
 
     Args:
         model: an injected model.
         folder: made if it does not exist; files of an earlier adapter in it are replaced.
+        dtype: of the floating tensors in the files, as ``torch.bfloat16`` for half their size; None keeps
+            theirs, which is float32 for adapters beside a 16-bit base.
 
     Raises:
         ValueError: the model has no fused layers, or they hold no data ("meta"), or share no config, or
-            ``folder`` is a file. TypeError: ``folder`` is no path. OSError: it cannot be written.
+            ``folder`` is a file. TypeError: ``folder`` is no path, or ``dtype`` not floating. OSError: the
+            folder cannot be written.
     """
     from safetensors.torch import save
 
     op = "save_adapter"
     check_model(op, model)
+    check_file_dtype(op, dtype)
     folder, model = folder_path(op, folder), unwrapped(model)
     layers = fused_layers(model)
     if not layers or "" in layers:
         kind = type(model).__name__
         raise ValueError(f"{op}: model must contain fused layers, got a {kind} without; inject it first")
     if any(layer.config.method != "lora" for layer in layers.values()):
-        save_own(op, model, layers, folder)
+        save_own(op, model, layers, folder, dtype)
         return
     config = config_of_layers(op, layers)
     tensors = {}
@@ -94,7 +101,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise ValueError(f"{op}: model must hold data, got {name} on meta")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
     fields = fields_from_config(config, model, layers, _base_names(model, layers))
     weights = save(tensors, metadata={"format": "pt"})
     write_files(op, folder, {WEIGHTS: weights, CONFIG: json.dumps(fields, indent=2).encode()})
@@ -137,6 +144,14 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         check_uninjected(op, model)
         _inject(op, inner, stored)
     return model
+
+
+def read_lora(
+    op: str, folder: Path, fields: dict[str, Any]
+) -> tuple[LoRAConfig, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Return the config, factors by layer and biases of the LoRA adapter in ``folder``, or raise."""
+    stored = _read(op, folder, fields)
+    return stored.config, stored.factors, stored.biases
 
 
 # tensors that are made in inference mode could never train

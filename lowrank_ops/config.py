@@ -52,6 +52,8 @@ class MethodConfig:
     method: ClassVar[str]
     # which biases of the base model train; a field where a method offers the choice
     bias: ClassVar[str] = "none"
+    # whether a weight can hold the update
+    mergeable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         op = type(self).__name__

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .bitmap_weight import BitmapWeight
 from .config import MethodConfig
-from .methods import METHODS, Adapter
+from .methods import METHODS, Adapter, Factors
 from .methods.base import parameter
 
 if sys.version_info >= (3, 11):
@@ -146,16 +147,7 @@ class FusedLinear(nn.Module):
         if self.merged:
             return
         weight = self.base.weight
-        a, b, scale = self.adapter.factors(weight)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        # the in-place form keeps its dtype under autocast
-        merged = weight.detach().to(dtype, copy=True).addmm_(b.to(dtype), a.to(dtype), alpha=scale)
-        merged = merged.to(weight.dtype)
-        if not weight.is_meta and not merged.isfinite().all():
-            count = (~merged.isfinite()).sum().item()
-            raise ValueError(
-                f"merge: {name} must be finite in {weight.dtype} once merged, got {count} values that are not"
-            )
+        merged = merged_weight(weight, self.adapter.factors(weight), name)
         if self.shares_weight:
             self._original = (weight,)
             self.base.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
@@ -181,6 +173,11 @@ class FusedLinear(nn.Module):
     def weight(self) -> Tensor:
         """The base weight, (N, K); holds the update only while merged."""
         return self.base.weight
+
+    @property
+    def compressed(self) -> BitmapWeight | None:
+        """The base weight in compressed form, where the layer holds it so."""
+        return None
 
     @property
     def bias(self) -> Tensor | None:
@@ -209,6 +206,21 @@ class FusedLinear(nn.Module):
         self._load_errors = args[-1] if self.merged else None
         self.unmerge()
         super()._load_from_state_dict(*args)
+
+
+def merged_weight(weight: Tensor, factors: Factors, name: str) -> Tensor:
+    """Return weight + scale · b a in the dtype of ``weight``, rounded once; raise if it is not finite."""
+    a, b, scale = factors
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    # the in-place form keeps its dtype under autocast
+    merged = weight.detach().to(dtype, copy=True).addmm_(b.to(dtype), a.to(dtype), alpha=scale)
+    merged = merged.to(weight.dtype)
+    if not weight.is_meta and not merged.isfinite().all():
+        count = (~merged.isfinite()).sum().item()
+        raise ValueError(
+            f"merge: {name} must be finite in {weight.dtype} once merged, got {count} values that are not"
+        )
+    return merged
 
 
 def _save_original_weight(

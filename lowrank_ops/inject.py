@@ -71,7 +71,7 @@ def inject(model: nn.Module, config: MethodConfig) -> nn.Module:
     _warn_of_unused_patterns(config, targets)
     devices = {linear.weight.device for linear in targets.values()}
     # tensors that are made in inference mode could never train
-    with torch.inference_mode(False), torch.no_grad(), _generators_kept_on_failure(devices):
+    with torch.inference_mode(False), torch.no_grad(), generators_kept_on_failure(devices):
         layers = LAYERS[config.method].build(config, targets)
     install(model, {id(linear): layers[name] for name, linear in targets.items()})
     set_trainable(model, layers.values())
@@ -161,7 +161,7 @@ def note_shared_weights(model: nn.Module, layers: Iterable[FusedLinear]) -> None
     )
     for layer in layers:
         # what a larger model said before still holds where ``model`` is a part of it
-        layer.shares_weight = layer.shares_weight or holders[id(layer.base.weight)] > 1
+        layer.shares_weight = layer.shares_weight or holders[id(layer.base._parameters.get("weight"))] > 1
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
@@ -255,7 +255,8 @@ def _warn_of_unused_patterns(config: MethodConfig, names: Collection[str]) -> No
 
 
 @contextmanager
-def _generators_kept_on_failure(devices: Collection[torch.device]) -> Iterator[None]:
+def generators_kept_on_failure(devices: Collection[torch.device]) -> Iterator[None]:
+    """Put torch's generators, that of the CPU and those of ``devices``, back where an exception passes."""
     with ExitStack() as stack:
         stack.callback(torch.set_rng_state, torch.get_rng_state())
         for device in devices:

@@ -26,7 +26,7 @@ class FusedLoRALinear(FusedLinear):
     the first of them, when it is called, computes all, reading x once. Set it to None to compute alone.
     """
 
-    methods = ("lora",)
+    methods = ("lora", "salor")
     group: LayerGroup | None = None
     group_place = 0
 

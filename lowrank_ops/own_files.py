@@ -13,10 +13,10 @@ from .adapter_tensors import CONFIG, WEIGHTS, read_tensors, write_files
 from .config import MethodConfig
 from .fused_linear import FusedLinear
 from .inject import check_uninjected, find_targets, fused_layers, install, set_trainable, unwrapped
-from .layer_types import LAYERS
+from .layer_types import FILE_LAYERS
 from .methods import METHODS
 
-__all__ = ["is_own", "load_own", "save_own"]
+__all__ = ["is_own", "load_own", "read_own", "save_own"]
 
 _VERSION = 1
 
@@ -34,22 +34,31 @@ def config_of(op: str, layers: Mapping[str, FusedLinear]) -> MethodConfig:
     return configs.pop()
 
 
-def save_own(op: str, model: nn.Module, layers: Mapping[str, FusedLinear], folder: Path) -> None:
-    """Write the files of ``layers``."""
+def save_own(
+    op: str,
+    model: nn.Module,
+    layers: Mapping[str, FusedLinear],
+    folder: Path,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the files of ``layers``, floating tensors in ``dtype`` if there is one."""
     from safetensors.torch import save
 
     config = config_of(op, layers)
-    tensors, shared, first = {}, {}, {}
+    # alive, since a tensor that a layer made for this could leave its address to the next
+    tensors, shared, first, alive = {}, {}, {}, []
     for name, layer in layers.items():
         for key, tensor in layer.file_tensors().items():
             key = f"{name}.{key}"
+            alive.append(tensor)
             if tensor.is_meta:
                 raise ValueError(f"{op}: model must hold data, got {key} on meta")
             place = (tensor.data_ptr(), tensor.shape, tensor.dtype) if tensor.numel() else key
             if (owner := first.setdefault(place, key)) != key:
                 shared[key] = owner
             else:
-                tensors[key] = tensor.detach().cpu().contiguous()
+                kind = dtype if tensor.is_floating_point() else None
+                tensors[key] = tensor.detach().to("cpu", kind).contiguous()
     fields = {
         "lowrank_ops_format": _VERSION,
         "peft_type": config.method.upper(),
@@ -64,7 +73,7 @@ def save_own(op: str, model: nn.Module, layers: Mapping[str, FusedLinear], folde
 
 def load_own(op: str, model: nn.Module, folder: Path, fields: Mapping[str, Any]) -> None:
     """Inject a plain model with what ``folder`` holds, or fill an injected one."""
-    config, tensors = _read(op, folder, fields)
+    config, tensors = read_own(op, folder, fields)
     inner = unwrapped(model)
     layers = fused_layers(inner)
     if layers:
@@ -76,7 +85,7 @@ def load_own(op: str, model: nn.Module, folder: Path, fields: Mapping[str, Any])
     devices = {linear.weight.device for linear in targets.values() if linear.weight.is_cuda}
     # tensors that are made in inference mode could never train
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices):
-        layers = LAYERS[config.method].build_for_file(config, targets, tensors)
+        layers = FILE_LAYERS[config.method].build_for_file(config, targets, tensors)
         copies = [layer.prepare_load(op, name, tensors[name]) for name, layer in layers.items()]
         for copy in copies:
             copy()
@@ -106,9 +115,10 @@ def _fill(
         copy()
 
 
-def _read(
+def read_own(
     op: str, folder: Path, fields: Mapping[str, Any]
 ) -> tuple[MethodConfig, dict[str, dict[str, Tensor]]]:
+    """Return the config in the files of ``folder``, and the tensors of each layer by its name, or raise."""
     version, method = fields["lowrank_ops_format"], str(fields.get("peft_type")).lower()
     if version != _VERSION or method not in METHODS:
         raise NotImplementedError(
@@ -133,6 +143,7 @@ def _read(
         if owner is None:
             raise ValueError(f"{op}: {WEIGHTS} must hold tensors of the layers in {CONFIG}, got {key!r}")
         tensors[owner][key[len(owner) + 1 :]] = tensor
+    METHODS[method].check_file(op, config, tensors)
     return config, tensors
 
 

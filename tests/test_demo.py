@@ -85,6 +85,28 @@ def test_the_demo_takes_ranks_from_geometry(tiny_model, texts, tmp_path, capsys)
     assert set(fields["target_modules"]) == set(shapes)
 
 
+def test_the_demo_prunes_and_reloads_the_compact_form(tiny_model, texts, tmp_path, capsys):
+    out = tmp_path / "out"
+    start = ("--method", "salor", "--model", tiny_model, "--steps", 6, "--rank", 4)
+    demo(*start, "--out", out, "--text", *texts)
+    # A keeps half of its entries, B a tenth
+    assert "compact: 4,096 -> 1,229 trainable parameters" in capsys.readouterr().out
+    assert (out / "salor.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert results["reload_difference"] == 0
+
+
+def test_the_demo_shares_an_encoder_and_a_decoder_a_projection(tiny_model, texts, tmp_path, capsys):
+    out = tmp_path / "out"
+    demo("--method", "denselora", "--model", tiny_model, "--steps", 4, "--out", out, "--text", *texts)
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    # rank 8 of q, k, v, up and down, and ten cores
+    assert results["trainable"] == 8 * (64 + 48 + 48 + 96 + 96) + 10 * 64
+    assert results["reload_difference"] == 0
+    assert set(results["costs"]) == {"FusedDenseLoRALinear", "unfused PyTorch"}
+    assert "LoRA of rank 8 in every linear layer would have 8,192 parameters" in capsys.readouterr().out
+
+
 def test_a_demo_that_does_not_learn_fails_with_a_sentence(tiny_model, texts, tmp_path):
     with pytest.raises(SystemExit, match="training must lower the held-out loss, got"):
         demo("--model", tiny_model, "--steps", 1, "--lr", 0, "--out", tmp_path / "out", "--text", *texts)

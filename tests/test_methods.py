@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import points, stir
 from torch import nn
+from torch.nn import functional as F
 
 import lowrank_ops as lo
 from lowrank_ops.layer_types import LAYERS
@@ -29,15 +30,26 @@ pytestmark = [
 def test_a_layer_starts_as_its_base(method, sizes):
     linear, layer = make_layer(method, sizes)
     x = points(torch.float64)
-    assert torch.equal(layer(x), linear(x))
+    if layer.adapter.starts_as_base:
+        assert torch.equal(layer(x), linear(x))
+    else:
+        # a method that changes the base starts as what its factors add to it
+        a, b, scale = layer.adapter.factors(layer.weight)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight + scale * (b @ a), linear.bias))
+        assert not torch.equal(layer.weight, linear.weight)
 
 
-def test_merged_equals_unmerged(method, sizes):
+def test_merged_equals_unmerged_or_merge_refuses(method, sizes):
     _, layer = make_layer(method, sizes)
     stir(layer)
     x = points(torch.float64)
     unmerged = layer(x)
-    layer.merge()
+    if layer.config.mergeable:
+        layer.merge()
+    else:
+        with pytest.raises(ValueError, match="merge: weight must have an update that is linear in x, got"):
+            layer.merge()
+    assert layer.merged == layer.config.mergeable
     torch.testing.assert_close(layer(x), unmerged)
 
 
@@ -60,8 +72,13 @@ def test_the_state_dict_round_trips(method, sizes):
 
 def test_factors_have_the_shapes_of_the_update(method, sizes):
     linear, layer = make_layer(method, sizes)
+    if not layer.config.mergeable:
+        with pytest.raises(ValueError, match="factors: update must be linear in x to have factors, got"):
+            layer.adapter.factors(layer.weight)
+        return
     a, b, scale = layer.adapter.factors(layer.weight)
     N, K = linear.weight.shape
-    assert a.shape == (3, K)
-    assert b.shape == (N, 3)
+    rows = 3 + getattr(layer.adapter, "residual_rank", 0)
+    assert a.shape == (rows, K)
+    assert b.shape == (N, rows)
     assert isinstance(scale, float)

@@ -32,6 +32,8 @@ class Adapter(nn.Module):
     name: ClassVar[str]
     paper: ClassVar[str]
     config_class: ClassVar[type[MethodConfig]]
+    # whether a layer computes what the linear layer did until it is trained
+    starts_as_base: ClassVar[bool] = True
 
     def __init__(self, config: MethodConfig, weight: Tensor) -> None:
         super().__init__()
@@ -59,6 +61,10 @@ class Adapter(nn.Module):
     def file_tensors(self) -> dict[str, Tensor]:
         """Return what an adapter file of a method that PEFT lacks holds of this layer, by name."""
         return self.state_dict()
+
+    @classmethod
+    def check_file(cls, op: str, config: MethodConfig, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Raise ValueError unless the ``tensors`` of a file, by layer and name, fit each other."""
 
     def prepare_load(self, op: str, layer: str, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
         """Check ``tensors``, as :meth:`file_tensors` of another adapter gave them; return what copies them.

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from . import _lora_ops
+from . import _dense_ops, _lora_ops, _masked_ops, _pruned_ops
 
 __all__ = ["is_traced", "register", "run_here"]
 
-OPS = {**_lora_ops.OPS}
+OPS = {**_lora_ops.OPS, **_dense_ops.OPS, **_masked_ops.OPS, **_pruned_ops.OPS}
 
 # the types whose operations PyTorch runs itself, with no say for Python code
 _PLAIN = (Tensor, torch.nn.Parameter)

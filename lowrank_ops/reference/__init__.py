@@ -6,6 +6,7 @@ b (N, R), h (M, R), y (M, N); a gradient is ``d`` + name. Adapters (a, b, h, dh)
 16-bit x, w and dy: then their products are taken in float32, as PEFT takes them.
 """
 
+from .dense_lora import dense_lora_backward, dense_lora_forward
 from .dropout import dropout_keep, keep_threshold, philox
 from .lora import (
     lora_backward,
@@ -18,9 +19,25 @@ from .lora import (
     lora_hidden,
 )
 from .lora_group import lora_group_backward, lora_group_forward
+from .masked_lora import masked_lora_backward, masked_lora_forward, pack_sum, unpack_values
 from .neighbors import nearest_neighbors
+from .pruned import (
+    TILE,
+    bitmap_decode,
+    bitmap_encode,
+    pruned_backward,
+    pruned_decode,
+    pruned_matmul,
+    two_four_decode,
+    two_four_encode,
+)
 
 __all__ = [
+    "TILE",
+    "bitmap_decode",
+    "bitmap_encode",
+    "dense_lora_backward",
+    "dense_lora_forward",
     "dropout_keep",
     "keep_threshold",
     "lora_backward",
@@ -33,6 +50,15 @@ __all__ = [
     "lora_group_backward",
     "lora_group_forward",
     "lora_hidden",
+    "masked_lora_backward",
+    "masked_lora_forward",
     "nearest_neighbors",
+    "pack_sum",
     "philox",
+    "pruned_backward",
+    "pruned_decode",
+    "pruned_matmul",
+    "two_four_decode",
+    "two_four_encode",
+    "unpack_values",
 ]
