@@ -16,7 +16,7 @@ from ._gluon import TensorDescriptor, gl
 from ._hopper_roles import hopper_kernel
 from ._launch import Launch, Part, launch
 
-__all__ = ["HopperConfig", "hopper_backward_input", "hopper_forward", "hopper_matmul"]
+__all__ = ["HopperConfig", "hopper_backward_input", "hopper_forward", "hopper_matmul", "hopper_outputs"]
 
 MOST_PROJECTIONS = 3
 _GL_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -174,6 +174,21 @@ def hopper_forward(
     lists, fresh = ((x,), ws, a_list, b_list, biases), (hidden, zeros, None, *ys)
     done = _launch_pass(True, lists, mask, None, (), fresh, scales, config)
     return (ys, hidden) if done else None
+
+
+def hopper_outputs(
+    x: Tensor,
+    ws: Sequence[Tensor],
+    h: Tensor,
+    b_list: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    config: HopperConfig,
+) -> list[Tensor] | None:
+    """Return all ``y = x wᵀ + h bᵀ + bias``; h (M, P·R) is given, and ``config`` without side programs."""
+    ys = [x.new_empty(x.shape[0], w.shape[0]) for w in ws]
+    lists = ((x,), ws, (), b_list, biases)
+    return ys if _launch_pass(True, lists, None, None, (h,), (None, None, *ys), (), config) else None
 
 
 def hopper_backward_input(

@@ -18,7 +18,9 @@ from .hopper import (
     hopper_backward_input,
     hopper_forward,
     hopper_matmul,
+    hopper_outputs,
 )
+from .hopper_hidden import hidden_config, hopper_hidden
 from .lora_backward_factors import factor_counters, factor_gradients
 from .lora_forward import drop_threshold
 
@@ -33,6 +35,8 @@ _PASS, _PASS_MASKED, _BYTES = 5.0, 15.0, 2.6e6
 # the part of the multiprocessors that must have a tile, over all waves
 _FILLED = 0.7
 _SIDES = 4
+# with dropout, from so many rows or ranks on, h and the mask have a launch of their own
+_MANY_ROWS, _MANY_RANKS = 4096, 32
 
 
 def table_key(op: str, M: int, N: int, K: int) -> str:
@@ -85,11 +89,13 @@ def forward_config(
 ) -> HopperConfig | None:
     """Return the sizes of a forward launch, or None where other kernels should serve it."""
     wide = triton.next_power_of_2(len(Ns)) * block_rank(R, 128)
-    if facts.arch != "sm90" or R > 128 or wide > (64 if dropout else 128):
+    if facts.arch != "sm90" or R > 128 or wide > 128:
         return None
     tiles = triton.cdiv(M, 128) * sum(triton.cdiv(N, 256) for N in Ns)
     steps = triton.cdiv(K, 64) + triton.cdiv(R, 64)
     picked = _pick(tiles, steps, M, triton.cdiv(K, 64), _side_step(R, len(Ns), dropout), dropout, facts)
+    if dropout and picked is not None and (M >= _MANY_ROWS or wide > _MANY_RANKS):
+        picked = replace(picked, SIDES=0)
     like_measured = len(Ns) == 1 and R <= 16 and not dropout
     return _as_measured(picked, "hopper_forward", M, sum(Ns), K, like_measured, facts)
 
@@ -145,22 +151,45 @@ def lora_forward(
     (M, K), R = x.shape, a_list[0].shape[0]
     Ns = tuple([w.shape[0] for w in ws])
     config = forward_config(M, Ns, K, R, seed is not None, device_facts(x.device))
-    if config is None or not config.SIDES or not _one_rank(a_list):
+    if config is None or not (config.SIDES or seed is not None) or not _one_rank(a_list):
         return None
     if R % 8:
         b_list = [_padded(b_list[0])]
     given = [bias for bias in biases if bias is not None]
     if given and len(given) < len(ws):
         return None
-    mask = None
+    mask, scales = None, _scaled(scales, seed, dropout_p)
+    if not config.SIDES:
+        return _forward_with_mask(x, ws, a_list, b_list, given, scales, seed, dropout_p, config)
     if seed is not None:
         mask = dropout_mask(seed, M, K, drop_threshold(dropout_p, seed))
-    scales = _scaled(scales, seed, dropout_p)
     done = hopper_forward(x, ws, a_list, b_list, given, scales, mask, config=config)
     if done is None:
         return None
     ys, h = done
     return ys, h if R % 8 == 0 else h[:, :R], mask
+
+
+def _forward_with_mask(
+    x: Tensor,
+    ws: Sequence[Tensor],
+    a_list: Sequence[Tensor],
+    b_list: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    scales: tuple[float, ...],
+    seed: Tensor,
+    dropout_p: float,
+    config: HopperConfig,
+) -> tuple[list[Tensor], Tensor, Tensor] | None:
+    """As :func:`lora_forward`, h and the mask by one launch, y by another."""
+    threshold = drop_threshold(dropout_p, seed)
+    done = hopper_hidden(x, a_list, seed, threshold, scales, config=hidden_config(x.shape[0]))
+    if done is None:
+        return None
+    h, mask = done
+    ys = hopper_outputs(x, ws, h, b_list, biases, config=config)
+    R = a_list[0].shape[0]
+    return None if ys is None else (ys, h if R % 8 == 0 else h[:, :R], mask)
 
 
 def lora_backward(

@@ -12,7 +12,10 @@ pytest.importorskip("triton")
 from lowrank_ops import lora_linear, lora_linear_group, reference  # noqa: E402
 from lowrank_ops.kernels import INTERPRETED, dispatch, hopper, hopper_lora  # noqa: E402
 from lowrank_ops.kernels._config import block_rank  # noqa: E402
+from lowrank_ops.kernels.dropout_mask import dropout_mask  # noqa: E402
 from lowrank_ops.kernels.hopper import HopperConfig  # noqa: E402
+from lowrank_ops.kernels.hopper_hidden import HiddenConfig, hopper_hidden  # noqa: E402
+from lowrank_ops.reference import dropout_keep, keep_threshold  # noqa: E402
 from lowrank_ops.testing import assert_as_accurate  # noqa: E402
 
 pytestmark = [
@@ -112,9 +115,9 @@ def forced(monkeypatch, launches) -> Callable[..., list[HopperConfig]]:
     """Have the Hopper kernels serve every size, with side programs wherever the ranks fit."""
 
     def force(most: int = 4) -> list[HopperConfig]:
-        def sides(P: int, R: int, room: int) -> HopperConfig:
-            slots = 1 << (P - 1).bit_length()
-            return HopperConfig(SIDES=most if R <= 128 and slots * block_rank(R, 128) <= room else 0)
+        def sides(P: int, R: int, room: int) -> HopperConfig | None:
+            wide = (1 << (P - 1).bit_length()) * block_rank(R, 128)
+            return None if R > 128 or wide > 128 else HopperConfig(SIDES=most if wide <= room else 0)
 
         forward = lambda M, Ns, K, R, drop, facts: sides(len(Ns), R, 64 if drop else 128)  # noqa: E731
         monkeypatch.setattr(hopper_lora, "forward_config", forward)
@@ -170,6 +173,29 @@ def test_a_layer_without_side_programs_is_as_accurate_as_pytorch(forced, shape, 
     launched = forced(0)
     assert_accurate(make_inputs(shape, R, 1, BF16, bias=True), make_seed() if p else None, p)
     assert [c.SIDES for c in launched] == [0, 0]
+
+
+@pytest.mark.parametrize(("shape", "R", "P"), [(EVEN, 16, 3), (RAGGED, 64, 2), (SMALL, 32, 3)], ids=str)
+def test_a_group_with_dropout_and_no_side_programs_is_as_accurate_as_pytorch(forced, shape, R, P):
+    launched = forced(0)
+    assert_accurate(make_inputs(shape, R, P, BF16, bias=True), make_seed(), 0.1)
+    assert launched[0].SIDES == 0
+
+
+@pytest.mark.parametrize("R", [5, 16, 128])
+def test_h_and_mask_of_one_launch_are_those_of_their_own(R):
+    x, _, (a,), *_ = make_inputs(RAGGED, R, 1, FP16, bias=False).values()
+    (M, K), seed, T = x.shape, make_seed(), keep_threshold(0.1)
+    for shares in (1, 2, 5):
+        config = HiddenConfig(SHARES=shares)
+        h, words = hopper_hidden(x, [a], seed, T, (SCALE,), config=config)
+        again, _ = hopper_hidden(x, [a], seed, T, (SCALE,), config=config)
+        assert torch.equal(words, dropout_mask(seed, M, K, T))
+        assert torch.equal(h, again)
+        assert not h[:, R:].any()
+        keep = dropout_keep(seed, M, K, 0.1)
+        want = [SCALE * (torch.where(keep, x, 0).to(d) @ a.to(d).T) for d in (x.dtype, torch.float64)]
+        assert_as_accurate(h[:, :R], *want)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])

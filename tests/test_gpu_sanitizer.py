@@ -25,6 +25,7 @@ SANITIZED = """
 import torch
 from lowrank_ops.kernels.dropout_mask import dropout_mask
 from lowrank_ops.kernels.hopper import HopperConfig, hopper_backward_input, hopper_forward, hopper_matmul
+from lowrank_ops.kernels.hopper_hidden import HiddenConfig, hopper_hidden
 from lowrank_ops.kernels.lora_backward_factors import factor_counters, factor_gradients
 
 M, N, K = 300, 136, 264
@@ -42,6 +43,9 @@ for P, R, bits in [(1, 16, None), (3, 16, mask), (1, 64, mask), (2, 24, None)]:
     )
     db = None if parts is None else draw(*parts.shape[1:])
     results = [*ys, h, dx, factor_gradients(x, dh, bits, zeros, parts, db)]
+    for shares in (1, 2):
+        config = HiddenConfig(SHARES=shares)
+        results += hopper_hidden(x, a_list, torch.tensor([5], device="cuda"), 6554, scales, config=config)
     if P == 1:
         results += [hopper_matmul(True, x, ws[0], h, b_list[0], biases[0], None, C(SIDES=0))]
         results += [hopper_matmul(False, dys[0], ws[0], dh, a_list[0], None, bits, C(SIDES=0))]
@@ -67,8 +71,8 @@ def test_memcheck_finds_nothing_at_ragged_sizes():
 
 
 def test_racecheck_finds_no_hazard_in_what_the_kernels_share():
-    # Triton hands each warp its role through a byte, between named barriers that racecheck does not see, as it
-    # does not see cuBLAS's; those accesses belong to no line of a role
+    # Triton hands each warp its role through a byte, between named barriers that racecheck does not see, nor
+    # does it see cuBLAS's; those accesses belong to no line of a role
     found = sanitize("--tool", "racecheck", "--racecheck-report", "hazard", "--print-limit", "1000000")
     assert "RACECHECK SUMMARY" in found
     lines, first = inspect.getsourcelines(_hopper_roles.hopper_kernel.fn)

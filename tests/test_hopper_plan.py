@@ -15,7 +15,7 @@ from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from lowrank_ops import kernels  # noqa: E402
-from lowrank_ops.kernels import _launch, _sum_parts, dispatch, hopper, hopper_lora  # noqa: E402
+from lowrank_ops.kernels import _launch, _sum_parts, dispatch, hopper, hopper_hidden, hopper_lora  # noqa: E402
 from lowrank_ops.kernels._config import DeviceFacts  # noqa: E402
 from lowrank_ops.kernels.hopper import HopperConfig  # noqa: E402
 
@@ -70,12 +70,12 @@ def sides(config: HopperConfig | None) -> int:
 
 
 def test_ranks_that_do_not_fit_a_side_program_have_none():
-    # ranks are padded to a power of two, and projections to two or four; with a mask half as many fit
+    # ranks are padded to a power of two, and projections to two or four; with a mask a quarter as many fit
     most = {1: 128, 2: 64, 3: 32}
     many = list(itertools.product((512, 1000, 2048, 8192), (1024, 4096, 8192, 14336), (512, 4096, 8192)))
     for (P, limit), drop in itertools.product(most.items(), (False, True)):
-        limit = limit // 2 if drop else limit
-        for R, some in ((limit, True), (limit + 1, False), (4 * limit, False), (512, False)):
+        limit = limit // 4 if drop else limit
+        for R, some in ((limit, limit >= 16), (limit + 1, False), (4 * limit + 1, False), (512, False)):
             found = [sides(hopper_lora.forward_config(M, (N,) * P, K, R, drop, H100)) for M, N, K in many]
             assert any(found) == some, (P, R, drop)
     for P in (1, 2, 3):
@@ -102,6 +102,7 @@ def fakes(monkeypatch):
     """Pretend to be on an H100 where every size is worth a launch; return the kernels' stand-ins."""
     beside = {
         "hopper_kernel": hopper,
+        "hopper_hidden_kernel": hopper_hidden,
         "_mask_kernel": sys.modules["lowrank_ops.kernels.dropout_mask"],
         "_factors_kernel": sys.modules["lowrank_ops.kernels.lora_backward_factors"],
         "_sum_parts_kernel": _sum_parts,
@@ -283,6 +284,22 @@ def test_the_backward_pass_gives_every_gradient_its_shape(fakes, P, R):
     assert len(fakes["_factors_kernel"].launches) == 2
     # without da, the parts of db take a launch of their own
     assert len(fakes["_sum_parts_kernel"].launches) == (R <= 16)
+
+
+@pytest.mark.parametrize(("P", "R"), [(1, 5), (1, 16), (3, 32)])
+def test_without_side_programs_one_launch_makes_the_mask_and_h_for_the_next(fakes, monkeypatch, P, R):
+    monkeypatch.setattr(hopper_lora, "forward_config", lambda *sizes: HopperConfig(SIDES=0))
+    ys, h, mask = forward(*layers(P, R), seed=SEED)
+    (hidden,), (gemm,) = fakes["hopper_hidden_kernel"].launches, fakes["hopper_kernel"].launches
+    assert hidden["words_ptr"] is mask
+    assert (mask.shape, mask.dtype) == ((M, K // 32), torch.int32)
+    assert h.shape == (M, P * R)
+    # rows of h start on 16 bytes, for the copies of the next launch
+    assert hidden["hidden_ptr"].stride(0) % 8 == 0
+    assert hidden["scale0"] == SCALE * 65536 / (65536 - 6554)
+    assert (gemm["FORWARD"], gemm["DROP"], gemm["SIDES"], len(ys)) == (True, False, 0, P)
+    assert not fakes["_mask_kernel"].launches
+    assert forward(*layers(P, R)) is None
 
 
 @pytest.mark.parametrize("seed", [None, SEED], ids=["plain", "drop"])

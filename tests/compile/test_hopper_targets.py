@@ -10,7 +10,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from lowrank_ops import kernels  # noqa: E402
-from lowrank_ops.kernels import dropout_mask, hopper, lora_backward_factors  # noqa: E402
+from lowrank_ops.kernels import dropout_mask, hopper, hopper_hidden, lora_backward_factors  # noqa: E402
 from lowrank_ops.kernels._config import DeviceFacts  # noqa: E402
 
 pytestmark = pytest.mark.skipif(kernels.INTERPRETED, reason="TRITON_INTERPRET is set: nothing is compiled")
@@ -111,6 +111,24 @@ def test_every_branch_of_the_hopper_kernel_fits_and_spills_nothing(record, case)
     assert found["shared"] <= SHARED_MEMORY["sm90"]
     assert "wgmma.mma_async" in compiled.asm["ptx"]
     assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+
+
+# projections, ranks, shares of K: one factor, the widest, several, one share
+HIDDEN = [(1, 16, 2), (1, 128, 2), (3, 32, 4), (2, 8, 1)]
+
+
+@pytest.mark.parametrize(("P", "R", "shares"), HIDDEN, ids=str)
+def test_the_kernel_for_h_and_its_mask_fits_and_spills_nothing(record, P, R, shares):
+    recorder = record(hopper_hidden, "hopper_hidden_kernel", "sm90")
+    (M, _, K), dtype = (EVEN, BF16) if R % 16 == 0 else (RAGGED, FP16)
+    seed, config = empty(1, dtype=torch.int64), hopper_hidden.HiddenConfig(SHARES=shares)
+    x, a_list = empty(M, K, dtype=dtype), [empty(R, K, dtype=dtype) for _ in range(P)]
+    assert hopper_hidden.hopper_hidden(x, a_list, seed, 6554, (0.5,) * P, config=config) is not None
+    ((args, kwargs),) = recorder.launches
+    found = resources(compile_launch(recorder.kernel, args, kwargs, TARGETS["sm90"]))
+    assert found["spilled"] == 0
+    # two programs a multiprocessor
+    assert found["shared"] <= SHARED_MEMORY["sm90"] // 2
 
 
 def test_cases_have_every_value_of_every_constant():
