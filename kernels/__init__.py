@@ -6,7 +6,7 @@ Import as ``lowrank_ops.kernels``. 2-D tensors in, tensors out; what a launcher 
 
 from . import dispatch
 from ._config import DeviceFacts, TileConfig, interpreted, pick
-from .bitmap_codec import bitmap_decode, bitmap_encode, pruned_decode, two_four_decode
+from .bitmap_codec import bitmap_decode, bitmap_encode, pruned_decode, two_four_decode, two_four_encode
 from .dense_lora import dense_lora_backward, dense_lora_forward
 from .lora_backward import (
     lora_backward,
@@ -51,6 +51,7 @@ __all__ = [
     "pruned_decode",
     "pruned_matmul",
     "two_four_decode",
+    "two_four_encode",
     "unpack_values",
 ]
 

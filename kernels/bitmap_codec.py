@@ -10,7 +10,7 @@ from ._config import device_facts
 from ._launch import Launch, launch
 from ._packed import packed_args
 
-__all__ = ["bitmap_decode", "bitmap_encode", "pruned_decode", "two_four_decode"]
+__all__ = ["bitmap_decode", "bitmap_encode", "pruned_decode", "two_four_decode", "two_four_encode"]
 
 TILE = 64
 
@@ -68,6 +68,48 @@ def _bitmap_pack_kernel(
 
     at = tl.load(start_ptr + tile) + (offset[:, None] + rank)
     tl.store(values_ptr + at, w, mask=present != 0)
+
+
+@triton.jit
+def _two_four_kernel(
+    w_ptr, values_ptr, index_ptr, N, K, groups, stride_wn, stride_wk,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """values and index of one block of w: two entries and four bits of every four columns
+
+    Tensors   w (N, K), free strides; values (N, 2 groups), index (N, groups / 4) int16, contiguous.
+    Program   one block of w.
+    Traffic   w read once, the result written once.
+    Requires  BLOCK_K a multiple of 16; groups a multiple of 4.
+    """
+    row, k = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_K
+    GROUPS: tl.constexpr = BLOCK_K // 4
+    offs_n, offs_k = row + tl.arange(0, BLOCK_N), k + tl.arange(0, BLOCK_K)
+    ptrs = w_ptr + offs_n[:, None].to(tl.int64) * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
+    w = tl.load(ptrs, mask=(offs_n < N)[:, None] & (offs_k < K)[None, :], other=0.0)
+    even, odd = tl.split(tl.reshape(w, (BLOCK_N, GROUPS, 2, 2)))
+    w0, w2 = tl.split(even)
+    w1, w3 = tl.split(odd)
+
+    # the last one, or column 1; and the one before it, or column 0
+    second = tl.where(w3 != 0, 3, tl.where(w2 != 0, 2, 1))
+    first = tl.where((w2 != 0) & (second == 3), 2, 0)
+    first = tl.where((w1 != 0) & (second > 1), 1, first)
+    first = tl.where(w0 != 0, 0, first)
+    v0 = tl.where(first == 0, w0, tl.where(first == 1, w1, w2))
+    v1 = tl.where(second == 1, w1, tl.where(second == 2, w2, w3))
+    zero = tl.zeros_like(v0)
+    values = tl.join(tl.where(v0 != 0, v0, zero), tl.where(v1 != 0, v1, zero))
+
+    offs_v = k // 2 + tl.arange(0, BLOCK_K // 2)
+    ptrs = values_ptr + offs_n[:, None].to(tl.int64) * (2 * groups) + offs_v[None, :]
+    inside = (offs_n < N)[:, None] & (offs_v < 2 * groups)[None, :]
+    tl.store(ptrs, tl.reshape(values, (BLOCK_N, BLOCK_K // 2)), mask=inside)
+    shifts = 4 * (tl.arange(0, GROUPS) % 4)
+    words = tl.sum(tl.reshape((first | second << 2) << shifts[None, :], (BLOCK_N, GROUPS // 4, 4)), 2)
+    offs_i = k // 16 + tl.arange(0, GROUPS // 4)
+    ptrs = index_ptr + offs_n[:, None].to(tl.int64) * (groups // 4) + offs_i[None, :]
+    tl.store(ptrs, words.to(tl.int16), mask=(offs_n < N)[:, None] & (offs_i < groups // 4)[None, :])
 
 
 @triton.jit
@@ -132,6 +174,24 @@ def bitmap_encode(w: Tensor) -> list[Tensor]:
     if nnz:
         launch(_prepare_pack, (w, row_offset, tile_start, values))
     return [values, mask, row_offset, tile_start]
+
+
+def _prepare_two_four(w: Tensor, values: Tensor, index: Tensor) -> Launch:
+    (N, K), BLOCK_N, BLOCK_K = w.shape, 16, 256
+    return Launch.of(_two_four_kernel, (triton.cdiv(N, BLOCK_N), triton.cdiv(K, BLOCK_K)))(
+        w, values, index, N, K, index.shape[1] * 4, *w.stride(),
+        BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def two_four_encode(w: Tensor) -> list[Tensor]:
+    """Return values and index of ``w``, (N, K); of more than two entries in a group some are lost."""
+    N, sixteens = w.shape[0], triton.cdiv(w.shape[1], 16)
+    values = w.new_empty(N, 8 * sixteens)
+    index = torch.empty(N, sixteens, dtype=torch.int16, device=w.device)
+    if w.numel():
+        launch(_prepare_two_four, (w, values, index))
+    return [values, index]
 
 
 def _prepare_decode(w: Tensor, *packed: Tensor) -> Launch:

@@ -114,4 +114,4 @@ class DispatchPasses(Passes):
         hopper = _hopper(dy.device)
         dx = hopper.masked_input(dy, w, du, encoder.to(dy.dtype), mask) if need_x else None
         d_encoder = hopper.masked_encoder(du, x, mask, core.dtype) if need_encoder else None
-        return dx, d_encoder, *self.factor_gradients(db, core, decoder, need_core, need_decoder)
+        return dx, d_encoder, *self.factor_gradients(db, core, decoder, False, need_core, need_decoder)

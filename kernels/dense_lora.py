@@ -55,9 +55,19 @@ class Passes(NamedTuple):
         return self.hidden(decoder, core.T, 1.0, None, 0.0).to(like.dtype)
 
     def factor_gradients(
-        self, db: Tensor | None, core: Tensor, decoder: Tensor, need_core: bool, need_decoder: bool
+        self,
+        db: Tensor | None,
+        core: Tensor,
+        decoder: Tensor,
+        exact: bool,
+        need_core: bool,
+        need_decoder: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of core and decoder, from that of their product."""
+        """Return the gradients of core and decoder, from that of their product; ``exact``: in float64."""
+        if exact:
+            wide = torch.float64
+            d_core = (decoder.T.to(wide) @ db.to(wide)).to(db.dtype) if need_core else None
+            return d_core, (db.to(wide) @ core.T.to(wide)).to(db.dtype) if need_decoder else None
         d_core = self.backward_b(decoder, db) if need_core else None
         return d_core, self.hidden(db, core, 1.0, None, 0.0) if need_decoder else None
 
@@ -93,7 +103,9 @@ class Passes(NamedTuple):
             dx = self.backward_input(dy, w, du, encoder.to(dy.dtype), first, dropout_p)
         if need_encoder:
             d_encoder = self.encoder_gradient(du, x, first, dropout_p, decoder.dtype)
-        return dx, d_encoder, *self.factor_gradients(db, core, decoder, need_core, need_decoder)
+        # what a float32 layer is measured against takes these sums in another order, and loses less
+        exact = dy.dtype is torch.float32
+        return dx, d_encoder, *self.factor_gradients(db, core, decoder, exact, need_core, need_decoder)
 
     def encoder_gradient(
         self, du: Tensor, x: Tensor, seed: Tensor | None, dropout_p: float, dtype: torch.dtype

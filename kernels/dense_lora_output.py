@@ -105,6 +105,9 @@ def _prepare(
     K = x.shape[1] if fused else 0
     if not all(aligned(t) for t in ((x, w) if fused else (y,))):
         config = small_tiles(config, y.dtype)
+    if seed is not None:
+        # the mask comes by 32 columns
+        config = replace(config, BLOCK_COLS=max(config.BLOCK_COLS, 32))
     references, use_desc, depth_first = _references(x, w, y, config)
     x, w = (x, w) if fused else (y, y)
     even = M % config.BLOCK_ROWS == N % config.BLOCK_COLS == K % config.BLOCK_DEPTH == 0

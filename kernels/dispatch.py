@@ -13,7 +13,7 @@ from torch import Tensor
 from ._config import TileConfig, device_facts, pick, pick_for
 from ._matmul import extended_matmul
 from ._ragged import cut_columns, cut_rows, filled_columns, filled_rows, is_ragged
-from .bitmap_codec import bitmap_decode, bitmap_encode, pruned_decode, two_four_decode
+from .bitmap_codec import bitmap_decode, bitmap_encode, pruned_decode, two_four_decode, two_four_encode
 from .dense_dispatch import DispatchPasses
 from .dense_dispatch import output as dense_output
 from .lora_backward import lora_backward_a as triton_a
@@ -52,6 +52,7 @@ __all__ = [
     "pruned_decode",
     "pruned_matmul",
     "two_four_decode",
+    "two_four_encode",
     "unpack_values",
 ]
 

@@ -277,6 +277,12 @@ def pruned_few(
     """Return ``y = x wᵀ + h bᵀ + bias``, (M, N), for 1 ≤ M ≤ ``MOST_TOKENS``; N and K positive."""
     M, K = x.shape
     facts = device_facts(x.device)
+    # the other kernel's 2:4 loads take 16 bytes at once
+    streams = x.element_size() == 2 and (len(packed) == 4 or packed[0].data_ptr() % 16 == 0)
+    if config is None and streams and facts.arch.startswith("sm"):
+        from .pruned_stream import pruned_stream
+
+        return pruned_stream(x, packed, N, h, b, bias)
     config = config or pick_few(M, N, K, len(packed) == 2, x.dtype, facts)
     _, split = _steps(K, config)
     y, parts, counters = x.new_empty(M, N), None, None

@@ -6,6 +6,7 @@ from .bitmap_weight import BitmapWeight
 from .config import LoRAConfig
 from .dense import dense_lora_linear
 from .denselora_config import DenseLoRAConfig
+from .flat_parameter import flat_parameter
 from .functional import lora_linear
 from .gelora_config import GeLoRAConfig
 from .group import lora_linear_group
@@ -44,6 +45,7 @@ __all__ = [
     "SparseMask",
     "dense_lora_linear",
     "eject",
+    "flat_parameter",
     "from_peft",
     "gelora",
     "inject",

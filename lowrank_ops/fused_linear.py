@@ -245,7 +245,8 @@ def _merge_again(layer: FusedLinear, incompatible_keys: Any) -> None:
 def check_config(op: str, config: object, methods: Collection[str] = tuple(METHODS)) -> None:
     """Raise unless ``config`` is a config of one of ``methods``."""
     if not isinstance(config, MethodConfig):
-        raise TypeError(f"{op}: config must be a LoRAConfig or another method's, got {type(config).__name__}")
+        known = ", ".join(METHODS[method].config_class.__name__ for method in methods)
+        raise TypeError(f"{op}: config must be one of {known}, got {type(config).__name__}")
     if config.method not in methods:
         known = ", ".join(methods)
         raise ValueError(f"{op}: config must be of a known method, {known}, got {config.method!r}")

@@ -13,12 +13,15 @@ from torch import nn
 from .config import MethodConfig, pattern_key, selects
 from .fused_linear import FusedLinear, check_config, check_linear
 from .layer_group import LayerGroup
+from .layer_masked import FusedMaskedLoRALinear
 from .layer_types import LAYERS
 from .layers import FusedLoRALinear
 from .siblings import shared_inputs
 
 __all__ = ["inject"]
 
+# layers whose update may be computed with those of their siblings
+_GROUPED = (FusedLoRALinear, FusedMaskedLoRALinear)
 # what torch.compile, FSDP and checkpoint_wrapper put into the names of the modules inside them
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # classes whose forward pass, or whose fused kernel, reads the weights of these children and does not call
@@ -145,7 +148,7 @@ def install(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
 def link_siblings(model: nn.Module) -> None:
     """Make a group of the fused layers of every parent in ``model`` whose source calls them on one tensor."""
     for parent in model.modules():
-        fused = {n: m for n, m in parent.named_children() if type(m) is FusedLoRALinear and m.group is None}
+        fused = {n: m for n, m in parent.named_children() if type(m) in _GROUPED and m.group is None}
         if len(fused) < 2:
             continue
         for names in shared_inputs(type(parent).forward):

@@ -158,6 +158,9 @@ class LayerGroup:
         if member._backward_hooks or member._backward_pre_hooks:
             return None
         base, adapter = member._modules["base"], member._modules["adapter"]
+        if "b" in adapter._modules:
+            # it exists at the entries of a mask alone
+            return None
         w = base._parameters.get("weight")
         # a weight that is missing, flat or of another type is one that FSDP or a parametrization took away
         if type(w) is not nn.Parameter or w.dim() != 2 or x.dim() < 1 or w.shape[1] != x.shape[-1]:

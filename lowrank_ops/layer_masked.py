@@ -2,19 +2,18 @@
 
 from torch import Tensor
 
-from .functional import lora_linear
-from .fused_linear import FusedLinear
+from .layers import FusedLoRALinear
 from .masked import masked_lora_linear
 
 __all__ = ["FusedMaskedLoRALinear"]
 
 
-class FusedMaskedLoRALinear(FusedLinear):
+class FusedMaskedLoRALinear(FusedLoRALinear):
     """A frozen ``nn.Linear`` and an update with a sparse B in one operation: y = x (W + scale · B A)ᵀ + bias.
 
-    Everything is as in ``FusedLoRALinear``, but for groups, which these layers do not form. While the
-    adapter's B is dense, ``adapter.masked_factors(weight)`` is None, and the layer computes what
-    ``lora_linear`` computes; later it computes ``masked_lora_linear`` of those factors.
+    All is as in ``FusedLoRALinear``. While the adapter's B is dense, ``adapter.masked_factors(weight)``
+    is None, and the layer computes what that one computes, in a group too; later it computes
+    ``masked_lora_linear`` of those factors, alone.
 
     Memory: where A is frozen, as in LoRI, the forward pass keeps M·R numbers, and not its input.
     """
@@ -25,8 +24,7 @@ class FusedMaskedLoRALinear(FusedLinear):
         adapter = self._modules["adapter"]
         sparse = adapter.masked_factors(w)
         if sparse is None:
-            a, b, scale = adapter.factors(w)
-            return lora_linear(x, w, a, b, bias, scale=scale, dropout_p=dropout_p, impl=self.impl)
+            return super()._update_forward(x, w, bias, dropout_p)
         a, b_values, b_mask, scale, train_mask = sparse
         return masked_lora_linear(
             x,

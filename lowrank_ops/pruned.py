@@ -72,8 +72,11 @@ def pruned_linear(
     if kind != "meta" and torch.is_autocast_enabled(kind):
         x, packed, a, b, bias = _autocast(kind, x, packed, a, b, bias)
     _check_dtypes(x, packed[0].dtype, a, b, bias)
+    asked = impl
     impl, module = _pick_impl(_OP, impl, x)
-    options = PrunedOptions(w.shape[0], scale, impl, module)
+    own = module is not None and asked == "auto" and x.dtype is w.dtype
+    sparse = w.accelerated if own else None
+    options = PrunedOptions(w.shape[0], scale, impl, module, sparse)
     if module is not None:
         return PrunedLinearFunction.apply(x, a, b, bias, options, *packed)
     # a compiler is better served by views of its own

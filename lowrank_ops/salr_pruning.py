@@ -23,7 +23,7 @@ __all__ = [
 
 _DIGIT = 16  # bits of a magnitude that one pass of the selection settles
 _EXACT = 512  # the smaller side up to which "auto" takes the exact decomposition
-_ROUNDS = 6  # of the subspace iteration
+_ROUNDS = 8  # of the subspace iteration
 _MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # the golden ratio's fraction, as a signed number
 
 

@@ -113,7 +113,9 @@ INJECTIONS = {
     "model must be an nn.Module, got str": inject(str),
     "model must contain linear layers, got a bare Linear; use FusedLoRALinear.from_linear": inject(linear),
     "model must contain an nn.Linear, got a GELU without one": inject(nn.GELU),
-    "config must be a LoRAConfig, got dict": lambda: lo.inject(tiny_mlp(), {"r": 4}),
+    "config must be one of DenseLoRAConfig, LoRAConfig, LoRIConfig, ": lambda: lo.inject(
+        tiny_mlp(), {"r": 4}
+    ),
     "target_modules must match modules of the model, got 'inear1'; close names are linear1": inject(
         encoder, target_modules=["inear1"]
     ),
@@ -143,7 +145,7 @@ CALLS = {
     "from_linear: linear must be a plain nn.Linear, got GELU": (
         lambda: lo.FusedLoRALinear.from_linear(nn.GELU(), lo.LoRAConfig())
     ),
-    "from_linear: config must be a LoRAConfig, got NoneType": (
+    "from_linear: config must be one of LoRAConfig, SALORConfig, got NoneType": (
         lambda: lo.FusedLoRALinear.from_linear(linear(), None)
     ),
     "merge: model must have fused layers, got a Sequential without": lambda: lo.merge(tiny_mlp()),

@@ -353,7 +353,7 @@ BAD_CALLS = {
         select(lo.inject(tiny_llama(), lo.LoRAConfig(target_modules=r".*self_attn\.._proj")), [])
     ),
     "GeLoRAConfig: ranks must name a module, got an empty dict": lambda: lo.GeLoRAConfig().lora_config({}),
-    "inject: config must be a LoRAConfig, got GeLoRAConfig": (
+    "inject: config must be one of DenseLoRAConfig, LoRAConfig, LoRIConfig, ": (
         lambda: lo.inject(tiny_llama(), lo.GeLoRAConfig())
     ),
 }  # fmt: skip

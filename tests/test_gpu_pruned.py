@@ -29,7 +29,7 @@ STRUCTURES = ["unstructured", "2:4"]
 
 def make_weight(N: int, K: int, structure: str, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator("cuda").manual_seed(N + K)
-    w = torch.randn(N, -(-K // 4) * 4, device="cuda", generator=generator) * K**-0.5
+    w = torch.randn(N, -(-K // 4) * 4, device="cuda", generator=generator) * max(K, 1) ** -0.5
     if structure == "2:4":
         groups = w.view(N, -1, 4)
         w = (groups * (groups.abs().argsort(-1).argsort(-1) >= 2)).view(w.shape)
@@ -98,7 +98,10 @@ def test_encoders_agree_and_decoders_are_exact(size, dtype):
         assert torch.equal(got, want)
     assert torch.equal(kernels.pruned_decode(packed, *size), w)
     w = make_weight(*size, "2:4", dtype)
-    assert torch.equal(kernels.pruned_decode(reference.two_four_encode(w), *size), w)
+    packed = kernels.two_four_encode(w)
+    for got, want in zip(packed, reference.two_four_encode(w), strict=True):
+        assert torch.equal(got, want)
+    assert torch.equal(kernels.pruned_decode(packed, *size), w)
 
 
 def test_a_strided_weight_is_encoded_as_it_reads():
@@ -144,3 +147,22 @@ def test_it_compiles_into_one_graph():
     x, a, b, bias = make_inputs(16, 256, 512, 8, torch.bfloat16, torch.bfloat16)
     compiled = torch.compile(lambda x, w, *rest: pruned_linear(x, w, *rest), fullgraph=True)
     assert torch.equal(compiled(x, w, a, b, bias), pruned_linear(x, w, a, b, bias))
+
+
+@pytest.mark.skipif(not torch.backends.cusparselt.is_available(), reason="PyTorch has no cuSPARSELt here")
+@pytest.mark.parametrize("M", [4096, 4099])
+def test_accelerated_it_is_as_accurate_and_keeps_its_gradients(M):
+    inputs = make_inputs(M, 512, 256, 16, torch.bfloat16, torch.bfloat16)
+    dense = make_weight(512, 256, "2:4", torch.bfloat16)
+    w = BitmapWeight.from_dense(dense, "2:4")
+    plain = w.nbytes
+    assert w.accelerate() is w
+    assert plain < w.nbytes < 2.5 * plain
+    assert BitmapWeight(w.tensors, tuple(w.shape), "2:4").accelerated is None
+    x, *rest = inputs
+    y = pruned_linear(x, w, *rest, scale=0.5)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    truth = value_and_gradients(unfused(exact[0], dense.double(), *exact[1:]), exact)
+    baseline = value_and_gradients(unfused(x, dense, *rest), inputs)
+    for got, base, true in zip(value_and_gradients(y, inputs), baseline, truth, strict=True):
+        assert_as_accurate(got, base, true)

@@ -251,3 +251,10 @@ ERRORS = {
 def test_an_error_names_what_is_wrong(changes, kind, message):
     with pytest.raises(kind, match="^pruned_linear: " + message):
         call(**changes)
+
+
+def test_what_sparse_tensor_cores_do_not_take_is_refused():
+    with pytest.raises(ValueError, match='structure must be "2:4"'):
+        make_weight(32, 64).accelerate()
+    with pytest.raises(ValueError, match="device must be CUDA, got cpu"):
+        make_weight(32, 64, "2:4").accelerate()

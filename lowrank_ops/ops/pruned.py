@@ -12,13 +12,21 @@ from .lora_linear import RefuseSecondDerivative, as_rows
 __all__ = ["PrunedLinearFunction", "PrunedOptions"]
 
 
+# rows of x from which sparse tensor cores beat a dense copy of the weight
+_MANY = 4096
+
+
 class PrunedOptions(NamedTuple):
-    """``impl`` names the implementation; ``module`` is it, or None where the library's ops must be called."""
+    """``impl`` names the implementation; ``module`` is it, or None where the library's ops must be called.
+
+    ``sparse`` is the weight as ``torch._cslt_compress`` makes it, or None.
+    """
 
     N: int
     scale: float
     impl: str
     module: ModuleType | None
+    sparse: Tensor | None = None
 
 
 class PrunedLinearFunction(torch.autograd.Function):
@@ -39,10 +47,12 @@ class PrunedLinearFunction(torch.autograd.Function):
         options: PrunedOptions,
         *packed: Tensor,
     ) -> Tensor:
-        rows, (N, scale, impl, module) = as_rows(x), options
+        rows, (N, scale, impl, module, sparse) = as_rows(x), options
         arguments = (rows, list(packed), N, a, b, bias, scale)
         if module is None:
             y, h = torch.ops.lowrank_ops.pruned_matmul(*arguments, impl)
+        elif sparse is not None and rows.shape[0] >= _MANY:
+            y, h = run_here(_sparse_matmul, rows, sparse, a, b, bias, scale, module)
         else:
             y, h = run_here(module.pruned_matmul, *arguments)
         need_x, need_a, need_b, _ = ctx.needs_input_grad[:4]
@@ -70,7 +80,7 @@ class PrunedLinearFunction(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, h, *packed = ctx.saved_tensors
-        _, scale, impl, module = ctx.options
+        _, scale, impl, module, _ = ctx.options
         *needs, need_bias = ctx.needs_input_grad[:4]
         dy, grads = as_rows(dy), (None,) * 3
         if any(needs):
@@ -84,3 +94,26 @@ class PrunedLinearFunction(torch.autograd.Function):
         if needs[0] and len(ctx.shape) != 2:
             dx = dx.view(ctx.shape)
         return dx, da, db, dy.sum(0) if need_bias else None
+
+
+def _sparse_matmul(
+    x: Tensor,
+    sparse: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    module: ModuleType,
+) -> tuple[Tensor, Tensor | None]:
+    """Return ``module.pruned_matmul``'s y and h, by cuSPARSELt; the update is added to a rounded product."""
+    M = x.shape[0]
+    # it takes multiples of eight rows
+    rows = torch.nn.functional.pad(x, (0, 0, 0, -M % 8)) if M % 8 else x.contiguous()
+    y = torch._cslt_sparse_mm(sparse, rows.T, bias=bias, transpose_result=True)
+    if M % 8:
+        # no view: the caller may write to it
+        y = y[:M].clone()
+    if a is None:
+        return y, None
+    h = module.lora_hidden(x, a, scale, None, 0.0)
+    return y.addmm_(h.to(y.dtype), b.to(y.dtype).T), h

@@ -155,8 +155,8 @@ def test_the_mask_kernel_builds_for_every_target(record, target):
 FACTORS = [(8192, 4096, 16), (8192, 4096, 128), (2056, 1112, 40), (64, 4096, 8)]
 
 
-@pytest.mark.parametrize("drop", [False, True], ids=["plain", "drop"])
-@pytest.mark.parametrize("target", TARGETS)
+# without dropout the kernel has nothing that it lacks with it: once is enough, where it matters most
+@pytest.mark.parametrize(("target", "drop"), [*((target, True) for target in TARGETS), ("sm90", False)])
 def test_the_kernel_for_both_factors_builds_for_every_target(record, target, drop):
     recorder = record(lora_backward_factors, "_factors_kernel", target)
     for i, (M, K, R) in enumerate(FACTORS):

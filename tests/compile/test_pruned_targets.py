@@ -7,7 +7,7 @@ from ahead_of_time import TARGETS, Recorder, compile_launch, resources
 pytest.importorskip("triton")
 
 from lowrank_ops import kernels  # noqa: E402
-from lowrank_ops.kernels import bitmap_codec, pruned_few  # noqa: E402
+from lowrank_ops.kernels import bitmap_codec, pruned_few, pruned_stream  # noqa: E402
 from lowrank_ops.kernels._config import DeviceFacts  # noqa: E402
 
 pytestmark = pytest.mark.skipif(kernels.INTERPRETED, reason="TRITON_INTERPRET is set: nothing is compiled")
@@ -15,7 +15,9 @@ pytestmark = pytest.mark.skipif(kernels.INTERPRETED, reason="TRITON_INTERPRET is
 JITS = [
     (pruned_few, "_pruned_vector_kernel"),
     (pruned_few, "_pruned_few_kernel"),
+    (pruned_stream, "stream_kernel"),
     (bitmap_codec, "_decode_kernel"),
+    (bitmap_codec, "_two_four_kernel"),
     (bitmap_codec, "_bitmap_mask_kernel"),
     (bitmap_codec, "_bitmap_pack_kernel"),
 ]
@@ -26,6 +28,7 @@ CASES = [
     ("sm80", "unstructured", torch.bfloat16, 64),
     ("sm90", "unstructured", torch.bfloat16, 1),
     ("sm90", "unstructured", torch.bfloat16, 64),
+    ("sm90", "unstructured", torch.float32, 1),
     ("sm90", "2:4", torch.float16, 16),
     ("sm100", "unstructured", torch.bfloat16, 1),
     ("gfx942", "unstructured", torch.bfloat16, 64),
@@ -54,7 +57,7 @@ def test_every_launch_compiles_fits_and_spills_nothing(monkeypatch, target, stru
     recorders = [Recorder(getattr(module, name)) for module, name in JITS]
     for (module, name), recorder in zip(JITS, recorders, strict=True):
         monkeypatch.setattr(module, name, recorder)
-    for module in (pruned_few, bitmap_codec):
+    for module in (pruned_few, pruned_stream, bitmap_codec):
         monkeypatch.setattr(
             module, "device_facts", lambda _: DeviceFacts(arch=target, processors=PROCESSORS[target])
         )
@@ -64,6 +67,8 @@ def test_every_launch_compiles_fits_and_spills_nothing(monkeypatch, target, stru
     pruned_few.pruned_few(x, parts, N, h, b, b[:, 0])
     if target in ("sm90", "gfx942") and M > 1:
         bitmap_codec.launch(bitmap_codec._prepare_decode, (w, *parts))
+    if target == "sm90" and structure == "2:4":
+        bitmap_codec.launch(bitmap_codec._prepare_two_four, (w, *parts))
     if target == "sm90" and M == 64:
         values, mask, offset, start = parts
         bitmap_codec.launch(bitmap_codec._prepare_mask, (w, mask, offset, start))

@@ -29,10 +29,12 @@ def make_inputs(M: int, N: int, K: int, R: int, dtype: torch.dtype) -> dict[str,
     return {name: torch.randn(*size, generator=generator).to(dtype) for name, size in sizes.items()}
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize(("size", "dtype"), [(SIZES[1], torch.float16), (SIZES[2], torch.float64)], ids=str)
-def test_the_encoder_is_its_namesake(size, dtype):
-    w, expected = make_weight(*size, "unstructured", dtype)
-    for got, want in zip(kernels.bitmap_encode(w), expected, strict=True):
+def test_the_encoder_is_its_namesake(size, dtype, structure):
+    w, expected = make_weight(*size, structure, dtype)
+    encode = kernels.two_four_encode if structure == "2:4" else kernels.bitmap_encode
+    for got, want in zip(encode(w), expected, strict=True):
         assert torch.equal(got, want)
         assert got.dtype == want.dtype
 
