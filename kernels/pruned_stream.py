@@ -33,9 +33,14 @@ def pick_stream(M: int, N: int, K: int, two_four: bool, facts: DeviceFacts) -> S
     warps = 2
     while warps < min(wanted, most):
         warps *= 2
-    # on Hopper these fit without spilling, and all warps are there at once
-    registers = 72 if M <= 8 else 80 if two_four and M <= 16 else None
-    return StreamConfig(num_warps=warps, maxnreg=registers if facts.arch == "sm90" else None)
+    if facts.arch != "sm90":
+        return StreamConfig(num_warps=warps)
+    if 8 < M <= 16 and N >= 8192:
+        # every x that is loaded serves two blocks of features
+        return StreamConfig(ROWS=32, num_warps=warps)
+    # so many registers do not spill, and all warps are there at once
+    registers = 72 if M <= 8 else 80 if M <= 16 else None
+    return StreamConfig(num_warps=warps, maxnreg=registers if two_four else None)
 
 
 @lru_cache(maxsize=64)

@@ -31,7 +31,7 @@ def make_weight(N: int, K: int, structure: str, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator("cuda").manual_seed(N + K)
     w = torch.randn(N, -(-K // 4) * 4, device="cuda", generator=generator) * max(K, 1) ** -0.5
     if structure == "2:4":
-        groups = w.view(N, -1, 4)
+        groups = w.view(N, w.shape[1] // 4, 4)
         w = (groups * (groups.abs().argsort(-1).argsort(-1) >= 2)).view(w.shape)
     else:
         w = w * (torch.rand(w.shape, device="cuda", generator=generator) < 0.5)

@@ -109,10 +109,8 @@ def _sparse_matmul(
     M = x.shape[0]
     # it takes multiples of eight rows
     rows = torch.nn.functional.pad(x, (0, 0, 0, -M % 8)) if M % 8 else x.contiguous()
-    y = torch._cslt_sparse_mm(sparse, rows.T, bias=bias, transpose_result=True)
-    if M % 8:
-        # no view: the caller may write to it
-        y = y[:M].clone()
+    # contiguous, as every y, by a copy: the product is far slower where it writes its transpose itself
+    y = torch._cslt_sparse_mm(sparse, rows.T, bias=bias).T[:M].contiguous()
     if a is None:
         return y, None
     h = module.lora_hidden(x, a, scale, None, 0.0)
