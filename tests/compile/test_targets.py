@@ -29,12 +29,14 @@ DTYPES = {
     "fp16-fp32": (torch.float16, torch.float32),
     "fp32": (torch.float32, torch.float32),
 }
-# (M, N, K, R): a training step at a common rank and at the largest, ragged everywhere, one token
+# (M, N, K, R): a training step at a common rank and at the largest, ragged everywhere, one token, and the
+# largest rank that has tiles of its own with float32 adapters
 SHAPES = {
     "train": (8192, 4096, 4096, 16),
     "rank512": (4096, 4096, 4096, 512),
     "ragged": (1001, 515, 1037, 40),
     "token": (1, 4096, 4096, 16),
+    "rank32": (8192, 4096, 4096, 32),
 }
 # the widest tiles and ranks, and the most masks, of each kind of product
 EVERYWHERE = [
@@ -46,7 +48,13 @@ EVERYWHERE = [
     ("train", "fp32"),
 ]
 # where the tables were measured, every combination of dtypes once or twice
-MEASURED = [("ragged", "bf16"), ("train", "fp16"), ("rank512", "fp16-fp32"), ("ragged", "fp32")]
+MEASURED = [
+    ("ragged", "bf16"),
+    ("train", "fp16"),
+    ("rank512", "fp16-fp32"),
+    ("ragged", "fp32"),
+    ("rank32", "bf16-fp32"),
+]
 CASES = [*((target, *case) for target in TARGETS for case in EVERYWHERE), *(("sm90", *c) for c in MEASURED)]
 SHARED_MEMORY = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "gfx942": 65536}  # bytes a program may have
 
