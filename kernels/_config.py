@@ -189,9 +189,10 @@ def _hidden(
         # a short sum a block, for accuracy: these rows are too few for errors to hide among them
         rows, deep, stages = 16, 32, 3
     elif wide and dtype is torch.bfloat16:
-        long = facts.arch == "sm90" and (R <= 16 or (R <= 32 and not dropout))
+        many = M >= 2048 and not dropout
+        long = facts.arch == "sm90" and R <= (32 if many else 16)
         rows, deep, stages = 64, 128 if long else 64, 3
-        programs *= 2 if long and M >= 2048 and not dropout else 1
+        programs *= 2 if long and many else 1
         warps = 8 if facts.arch.startswith("sm1") else 4
     elif wide:
         rows, deep, stages, warps = 32, 32, 3, 8
