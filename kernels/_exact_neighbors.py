@@ -6,44 +6,100 @@ import triton.language as tl
 from torch import Tensor
 
 from ._config import DeviceFacts
+from ._screen_neighbors import ScreenConfig
 from ._tiles import wide
 
 _INFINITE = tl.constexpr(0x7F800000)  # bits of float32's infinity
 
 
 @triton.jit
+def _is_beyond(square, second, length, error, worst_error, depth):
+    """Whether no point at or above this squared distance, as screening computed it, is nearer than second.
+
+    Let q be a rounded point, e what rounding took, t = second. A point j nearer than t has |q_j| <= near
+    := |q| + t + e, and rounding took at most e_j of it: 2⁻¹¹ near + 2⁻²⁵ √K, and no more than of the worst
+    point. Its computed squared distance is off by the sums' errors: of q·q_j, each step of 16 products may
+    lose 2⁻²⁰ |q| near on tensor cores, which truncate; |q|² and |q_j|² are float32 sums of numbers that are
+    not negative. So the computed one is below (t + e + e_j)² + loss. All in float64.
+    """
+    near = length + second + error
+    loss = depth * 2**-23 * length * near + (depth * 2**-33 + 2**-19) * (length * length + near * near)
+    error_other = tl.minimum(2**-11 * near + 2**-25 * tl.sqrt(depth), worst_error + 2**-23 * near)
+    reach = tl.sqrt(tl.maximum(square - loss, 0.0)) - error - error_other
+    # the factor is for the rounding of second itself
+    return (second == 0) | (reach >= second * (1 + 2**-16))
+
+
+@triton.jit
+def _distance_of(key):
+    """The squared distance in a key's high half, in float64."""
+    return (key >> 32).to(tl.int32).to(tl.float32, bitcast=True).to(tl.float64)
+
+
+@triton.jit
 def _measure_kernel(
-    points_ptr, keys_ptr, first_ptr, second_ptr,
-    K, factor,
-    stride_pm, stride_pk,
-    KEPT: tl.constexpr, BLOCK_K: tl.constexpr,
+    points_ptr, keys_ptr, square_ptr, error_ptr, worst_error_ptr, first_ptr, second_ptr, certain_ptr,
+    K, depth, shares, factor,
+    stride_pm, stride_pk, stride_keys,
+    SHARES: tl.constexpr, KEPT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """first[m], second[m] = the two smallest |factor * (points[m] - points[n])|, n in the keys of m
 
-    Tensors   points (M, K), strides free; keys (M, KEPT) int64 of _screen_kernel; first, second (M,).
-    Program   one point.
+    certain[m] says whether a point outside the keys cannot be nearer than second[m].
+
+    Tensors   points (M, K), strides free; keys (M, shares, KEPT) int64 of _screen_kernel; square, error of
+              _round_points_kernel, worst_error () the largest of error; first, second, certain (M,).
+    Program   one point; candidates by rising key, two at a time, until the next ones are certainly farther.
     Numerics  float32 differences, which are exact for close neighbours, squared and summed in float32.
-    Traffic   KEPT + 1 rows a point, mostly from L2.
-    Requires  KEPT a power of two.
+    Traffic   a row a point and one for every candidate that is measured, two at least.
+    Requires  SHARES and KEPT powers of two, SHARES at least shares.
     """
     row = tl.program_id(0)
-    offs_slot, offs_k = tl.arange(0, KEPT), tl.arange(0, BLOCK_K)
-    keys = tl.load(keys_ptr + wide(row) * KEPT + offs_slot)
-    is_point = (keys >> 32) < _INFINITE
-    other_ptrs = points_ptr + (keys & 0xFFFFFFFF)[:, None] * stride_pm
+    offs_share, offs_k = tl.arange(0, SHARES)[:, None], tl.arange(0, BLOCK_K)
+    infinite = wide(_INFINITE) << 32
+    keys_ptrs = keys_ptr + wide(row) * stride_keys + offs_share * KEPT + tl.arange(0, KEPT)[None, :]
+    keys = tl.load(keys_ptrs, mask=offs_share < shares, other=infinite)
+    # all points below the largest key of their share are in it
+    limit = tl.min(tl.max(keys, 1), 0)
+    length = tl.sqrt(tl.load(square_ptr + row).to(tl.float64)) * (1 + 2**-16)
+    # float32 rounds a centred point too, before float16 does
+    error = tl.load(error_ptr + row).to(tl.float64) * (1 + 2**-14) + 2**-23 * length
+    worst_error, long = tl.load(worst_error_ptr).to(tl.float64) * (1 + 2**-14), depth.to(tl.float64)
     row_ptr = points_ptr + wide(row) * stride_pm
-    acc = tl.zeros((KEPT, BLOCK_K), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        mask = k + offs_k < K
-        offs = (k + offs_k).to(tl.int64) * stride_pk
-        point = tl.load(row_ptr + offs, mask=mask, other=0.0).to(tl.float32) * factor
-        other = tl.load(other_ptrs + offs[None, :], mask=is_point[:, None] & mask[None, :], other=0.0)
-        difference = other.to(tl.float32) * factor - point[None, :]
-        acc += difference * difference
-    square = tl.where(is_point, tl.sum(acc, 1), float("inf"))
-    nearest = tl.argmin(square, 0)
-    tl.store(first_ptr + row, tl.sqrt_rn(tl.min(square, 0)))
-    tl.store(second_ptr + row, tl.sqrt_rn(tl.min(tl.where(offs_slot == nearest, float("inf"), square), 0)))
+    first = tl.full((), float("inf"), tl.float32)
+    second = first
+    key = tl.min(tl.min(keys, 1), 0)
+    is_near = key < infinite
+    while is_near:
+        keys = tl.where(keys == key, infinite, keys)
+        other = tl.min(tl.min(keys, 1), 0)
+        keys = tl.where(keys == other, infinite, keys)
+        is_other = other < infinite
+        left_ptr = points_ptr + (key & 0xFFFFFFFF) * stride_pm
+        right_ptr = points_ptr + tl.where(is_other, other & 0xFFFFFFFF, 0) * stride_pm
+        left_acc, right_acc = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            mask = k + offs_k < K
+            offs = (k + offs_k).to(tl.int64) * stride_pk
+            point = tl.load(row_ptr + offs, mask=mask, other=0.0).to(tl.float32) * factor
+            left = tl.load(left_ptr + offs, mask=mask, other=0.0).to(tl.float32) * factor - point
+            right = tl.load(right_ptr + offs, mask=mask, other=0.0).to(tl.float32) * factor - point
+            left_acc += left * left
+            right_acc += right * right
+        left_square = tl.sum(left_acc, 0)
+        right_square = tl.where(is_other, tl.sum(right_acc, 0), float("inf"))
+        least, next_least = tl.minimum(left_square, right_square), tl.maximum(left_square, right_square)
+        second = tl.minimum(tl.maximum(first, least), tl.minimum(second, next_least))
+        first = tl.minimum(first, least)
+        key = tl.min(tl.min(keys, 1), 0)
+        farthest = tl.sqrt_rn(second).to(tl.float64)
+        beyond = _is_beyond(_distance_of(key), farthest, length, error, worst_error, long)
+        is_near = (key < infinite) & (beyond == 0)
+    farthest = tl.sqrt_rn(second).to(tl.float64)
+    beyond = _is_beyond(_distance_of(limit), farthest, length, error, worst_error, long)
+    tl.store(first_ptr + row, tl.sqrt_rn(first))
+    tl.store(second_ptr + row, tl.sqrt_rn(second))
+    tl.store(certain_ptr + row, (limit >= infinite) | beyond)
 
 
 @triton.jit
@@ -89,17 +145,30 @@ def _search_kernel(
     tl.store(found_ptrs + count, tl.sqrt_rn(second), mask=offs_m < count)
 
 
-def measure_candidates(points: Tensor, keys: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """Return factor · distance to the nearest and second nearest of each point's candidates, (M,) float32."""
-    M, K = points.shape
+def measure_candidates(
+    points: Tensor,
+    keys: Tensor,
+    square: Tensor,
+    error: Tensor,
+    depth: int,
+    config: ScreenConfig,
+    factor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return factor · distance to the nearest and second nearest of each point's candidates, (M,) float32.
+
+    And whether they are the nearest of all points, (M,) bool. square, error and depth are of round_points.
+    """
+    (M, K), shares = points.shape, keys.shape[1] // config.KEPT
     first, second = (points.new_empty(M, dtype=torch.float32) for _ in range(2))
+    certain = points.new_empty(M, dtype=torch.bool)
     _measure_kernel[(M,)](
-        points, keys, first, second,
-        K, factor,
-        points.stride(0), points.stride(1),
-        KEPT=keys.shape[1], BLOCK_K=256, num_warps=4, enable_fp_fusion=True,
+        points, keys, square, error, error.amax(), first, second, certain,
+        K, depth, shares, factor,
+        points.stride(0), points.stride(1), keys.stride(0),
+        SHARES=triton.next_power_of_2(shares), KEPT=config.KEPT,
+        BLOCK_K=config.BLOCK_MEASURE, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    return first, second
+    return first, second, certain
 
 
 def search_all(points: Tensor, rows: Tensor, factor: float, facts: DeviceFacts) -> tuple[Tensor, Tensor]:

@@ -11,14 +11,22 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ._config import DeviceFacts
 from ._tiles import wide
 
-KEPT = 8  # candidates of a point
 _INFINITE = tl.constexpr(0x7F800000)  # bits of float32's infinity: the largest value of a key
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScreenConfig:
-    """Tiles of the screening product; BLOCK_N at most 256, BLOCK_N columns' numbers fill a key's low bits."""
+    """Tiles of the screening product; BLOCK_N at most 256, BLOCK_N columns' numbers fill a key's low bits.
 
+    KEPT, a power of two, is the number of candidates that a point keeps of every share of the others; EARLY
+    stops looking for them in a tile once no row finds another. A multiprocessor gets about PROGRAMS shares.
+    BLOCK_MEASURE columns at a time are then measured exactly.
+    """
+
+    KEPT: int = 8
+    EARLY: bool = True
+    PROGRAMS: int = 12
+    BLOCK_MEASURE: int = 1024
     BLOCK_M: int = 128
     BLOCK_N: int = 128
     BLOCK_K: int = 64
@@ -51,8 +59,8 @@ def _round_points_kernel(
 
     Tensors   points (M, K), strides free  centre (K,)  rounded (rows, depth)  square, error (rows,)
     Program   one row; those from M on, and the columns from K on, become zeros.
-    Numerics  float32; factor is a power of two.
-    Requires  rows of rounded = number of programs, depth a multiple of BLOCK_K.
+    Numerics  float32; factor is a power of two. A sum is of depth / BLOCK_K numbers, then of BLOCK_K.
+    Requires  rows of rounded = number of programs.
     """
     row = tl.program_id(0)
     offs_k = tl.arange(0, BLOCK_K)
@@ -65,7 +73,7 @@ def _round_points_kernel(
         centred = point.to(tl.float32) * factor
         centred -= tl.load(centre_ptr + k + offs_k, mask=mask, other=0.0) * factor
         rounded = centred.to(tl.float16)
-        tl.store(rounded_row + k + offs_k, rounded)
+        tl.store(rounded_row + k + offs_k, rounded, mask=k + offs_k < depth)
         back = rounded.to(tl.float32)
         square += back * back
         error += (back - centred) * (back - centred)
@@ -77,7 +85,7 @@ def _round_points_kernel(
 def _screen_kernel(
     left_ref, right_ref, square_ptr, keys_ptr,
     M, depth, shares, tiles_each,
-    USE_DESC: tl.constexpr, KEPT: tl.constexpr,
+    USE_DESC: tl.constexpr, KEPT: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """keys[m, s] = the KEPT smallest of (|q[m] - q[n]|², n), n != m, n in the s-th share of all points
@@ -124,13 +132,18 @@ def _screen_kernel(
         keys = tl.maximum(square, 0.0).to(tl.int32, bitcast=True)
         is_other = (offs_n[None, :] < M) & (offs_n[None, :] != offs_m[:, None])
         keys = tl.where(is_other, keys, _INFINITE) & -BLOCK_N | number[None, :]
-        for _ in tl.range(0, KEPT, num_stages=1):
+        looked = tl.full((), 0, tl.int32)
+        while looked < KEPT:
             least = tl.min(keys, 1)
             keys = tl.where(keys == least[:, None], 0x7FFFFFFF, keys)
             key = ((least & -BLOCK_N).to(tl.int64) << 32) + (least & (BLOCK_N - 1)) + col
             worst = tl.max(best, 1)
             enters = (least < _INFINITE) & (key < worst)
             best = tl.where((best == worst[:, None]) & enters[:, None], key[:, None], best)
+            looked += 1
+            if EARLY:
+                # a tile's later keys are larger, and so enter no row that this one did not
+                looked = tl.where(tl.max(enters.to(tl.int32), 0) == 0, KEPT, looked)
 
     keys_ptrs = keys_ptr + ((offs_m[:, None].to(tl.int64) * shares + share) * KEPT + offs_slot[None, :])
     tl.store(keys_ptrs, best)
@@ -151,22 +164,22 @@ def round_points(points: Tensor, centre: Tensor, factor: float, config: ScreenCo
         points, centre, rounded, square, error,
         M, K, depth, factor,
         points.stride(0), points.stride(1),
-        BLOCK_K=config.BLOCK_K, num_warps=1, enable_fp_fusion=True,
+        BLOCK_K=min(512, triton.next_power_of_2(depth)), num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     return rounded, square, error
 
 
 def screen(rounded: Tensor, square: Tensor, M: int, config: ScreenConfig, facts: DeviceFacts) -> Tensor:
-    """Return ``keys``, (M, KEPT), int64, ascending: the KEPT nearest others of each of M points.
+    """Return ``keys``, (M, shares · KEPT), int64: the KEPT nearest others of each of M points in every share.
 
     The high half of a key is the bits of a float32 not above |q[m] - q[n]|² as computed, the low half n;
-    where there are fewer others than KEPT, infinity and a number that means nothing.
+    where a share has fewer others than KEPT, infinity and a number that means nothing.
     """
     tiles_m, tiles_n = triton.cdiv(M, config.BLOCK_M), triton.cdiv(M, config.BLOCK_N)
-    # about eight programs a multiprocessor, so that the last ones to run leave few idle
-    each = triton.cdiv(tiles_n, max(1, min(tiles_n, 8 * facts.processors // tiles_m)))
+    # several programs a multiprocessor, so that the last ones to run leave few idle
+    each = triton.cdiv(tiles_n, max(1, min(tiles_n, config.PROGRAMS * facts.processors // tiles_m)))
     shares = triton.cdiv(tiles_n, each)
-    keys = rounded.new_empty(rounded.shape[0], shares * KEPT, dtype=torch.int64)
+    keys = rounded.new_empty(rounded.shape[0], shares * config.KEPT, dtype=torch.int64)
     left = right = rounded
     if config.DESCRIPTORS:
         left = TensorDescriptor.from_tensor(rounded, [config.BLOCK_M, config.BLOCK_K])
@@ -174,9 +187,8 @@ def screen(rounded: Tensor, square: Tensor, M: int, config: ScreenConfig, facts:
     _screen_kernel[(tiles_m * shares,)](
         left, right, square, keys,
         M, rounded.shape[1], shares, each,
-        USE_DESC=config.DESCRIPTORS, KEPT=KEPT,
+        USE_DESC=config.DESCRIPTORS, KEPT=config.KEPT, EARLY=config.EARLY,
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-    # keys differ, so which are kept does not depend on how topk settles ties
-    return keys[:M].topk(KEPT, largest=False, sorted=True).values
+    return keys[:M]

@@ -36,9 +36,9 @@ def launch_everything(M: int, K: int, dtype: torch.dtype, target: str) -> None:
     config = _screen_neighbors.pick_screen(target)
     points = torch.empty(M, K, dtype=dtype, device="meta")
     centre = torch.empty(K, device="meta")
-    rounded, square, _ = _screen_neighbors.round_points(points, centre, 0.5, config)
+    rounded, square, error = _screen_neighbors.round_points(points, centre, 0.5, config)
     keys = _screen_neighbors.screen(rounded, square, M, config, facts)
-    _exact_neighbors.measure_candidates(points, keys, 0.5)
+    _exact_neighbors.measure_candidates(points, keys, square, error, rounded.shape[1], config, 0.5)
     rows = torch.empty(100, dtype=torch.int64, device="meta")
     _exact_neighbors.search_all(points, rows, 0.5, facts)
 

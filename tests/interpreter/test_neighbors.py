@@ -48,6 +48,13 @@ def test_points_that_screening_tells_apart_are_not_searched_for(searched):
     assert searched == []
 
 
+def test_a_cluster_spread_over_shares_is_measured_and_not_searched_for(searched):
+    points = make_points("gaussian", 60, 16)
+    points[::6] = points[0] + 1e-5 * points[::6]
+    assert_exact(kernels.nearest_neighbors(points), points)
+    assert searched == []
+
+
 def test_points_that_screening_cannot_tell_apart_are_compared_with_all(searched):
     kernels.nearest_neighbors(make_points("tight_clusters", 80, 64))
     assert searched == [80]
@@ -74,8 +81,9 @@ def test_candidates_do_not_depend_on_how_columns_are_shared(processors):
     facts = kernels.DeviceFacts(arch="cpu", processors=processors)
     keys = _screen_neighbors.screen(rounded, square, 100, config, facts)
     distances = torch.cdist(points.half().double(), points.half().double()).fill_diagonal_(torch.inf)
-    expected = distances.topk(_screen_neighbors.KEPT, largest=False, sorted=True).indices
-    assert torch.equal(keys & 0xFFFFFFFF, expected)
+    expected = distances.topk(config.KEPT, largest=False, sorted=True).indices
+    nearest = keys.topk(config.KEPT, largest=False, sorted=True).values
+    assert torch.equal(nearest & 0xFFFFFFFF, expected)
 
 
 def test_the_reference_is_blocked_and_exact(monkeypatch):
