@@ -19,7 +19,7 @@ class _Recorder:
         self.pooled: list[list[Tensor]] = [[] for _ in range(count + 1)]
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._keep(0, args[0] if args else kwargs["hidden_states"])
+        self._keep(0, args[0] if args else kwargs.get("hidden_states"))
 
     def after(self, index: int) -> Any:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
@@ -27,11 +27,10 @@ class _Recorder:
 
         return hook
 
-    def _keep(self, index: int, states: Tensor) -> None:
-        if states.dim() != 3:
-            raise ValueError(
-                f"select_ranks: hidden states must be (batch, tokens, K), got {tuple(states.shape)}"
-            )
+    def _keep(self, index: int, states: object) -> None:
+        if not isinstance(states, Tensor) or states.dim() != 3:
+            got = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
+            raise ValueError(f"select_ranks: hidden states must be (batch, tokens, K), got {got}")
         mask = states.new_ones(states.shape[:2]) if self.mask is None else self.mask.to(states.device)
         self.pooled[index].append(pool(states, mask, self.pooling).cpu())
 

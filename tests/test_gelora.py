@@ -317,6 +317,13 @@ def test_any_model_with_a_list_of_blocks_will_do():
     assert len(ranks.dimensions) == 4
 
 
+def stack_with_a_renamed_input() -> nn.Module:
+    model = plain_stack()
+    rename = lambda module, args, kwargs: (args, {"x": kwargs["hidden_states"]})  # noqa: E731
+    model.blocks[0].register_forward_pre_hook(rename, with_kwargs=True)
+    return model
+
+
 def select(model: nn.Module, batches: list, **options):
     return lambda: select_ranks(model, batches, lo.GeLoRAConfig(**options))
 
@@ -345,6 +352,9 @@ BAD_CALLS = {
     ),
     "select_ranks: hidden states must be (batch, tokens, K), got (5, 6)": (
         select(plain_stack(), [torch.randn(5, 6)], target_modules=["proj"])
+    ),
+    "select_ranks: hidden states must be (batch, tokens, K), got NoneType": (
+        select(stack_with_a_renamed_input(), [torch.randn(2, 5, 6)], target_modules=["proj"])
     ),
     "intrinsic_dimension: points must be (M, K) with M >= 3 and K >= 1, got (2, 32)": (
         select(tiny_llama(), [tokens()])
