@@ -30,6 +30,7 @@ from .salr_pruning import Cut
 __all__ = ["parameter_groups", "prune", "residual_learning_rate"]
 
 _BLOCK = 8  # vectors that the power iteration moves at once
+_NEGLIGIBLE = 1e-5  # of a product, what is taken for its rounding
 
 
 def prune(
@@ -197,19 +198,21 @@ class _Krylov:
 
     @property
     def is_full(self) -> bool:
-        """Whether there is no room for another block."""
+        """Whether there is no room for another block, or nothing new in it."""
         K, width = self.newest.shape
-        return (len(self.bases) + 1) * width > K
+        return not width or sum(basis.shape[1] for basis in self.bases) + width > K
 
     def add(self, product: Tensor) -> None:
         """Take XᵀX ``newest``."""
         self.bases.append(self.newest)
         self.products.append(product)
         basis = torch.cat(self.bases, 1)
-        # once more: what is left of a small rest is not orthogonal to rounding
-        for _ in range(2):
-            product = torch.linalg.qr(product - basis @ (basis.T @ product)).Q
-        self.newest = product
+        floor = _NEGLIGIBLE * torch.linalg.matrix_norm(product)
+        rest, sizes, _ = torch.linalg.svd(product - basis @ (basis.T @ product), full_matrices=False)
+        # directions of rounding alone, as of inputs of low rank, may lie in the basis; the others are made
+        # orthogonal once more, since what is left of a small rest is not so to rounding
+        rest = rest[:, sizes > floor]
+        self.newest = torch.linalg.qr(rest - basis @ (basis.T @ rest)).Q
 
     def largest(self) -> float:
         """Return the largest Ritz value, at most the largest eigenvalue of XᵀX."""

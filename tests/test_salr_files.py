@@ -189,6 +189,14 @@ def test_the_learning_rate_is_one_over_the_square_of_the_largest_singular_value(
     assert not model[0]._forward_pre_hooks
 
 
+def test_the_rate_of_inputs_of_low_rank_is_that_of_all_directions():
+    # fewer rows than the vectors of all passes: what is left of a product is rounding
+    model = lo.salr.prune(nn.Sequential(nn.Linear(96, 8)), config_of(), progress=False)
+    x = torch.randn(10, 96, generator=torch.Generator().manual_seed(5))
+    rate = lo.salr.residual_learning_rate(model, [x], passes=20)["0"]
+    assert rate == pytest.approx(torch.linalg.matrix_norm(x, 2).item() ** -2, rel=1e-3)
+
+
 def test_more_passes_give_a_smaller_rate():
     model, batches = wide_model()
     rates = [lo.salr.residual_learning_rate(model, batches, passes=n)["0"] for n in (1, 2, 4)]
