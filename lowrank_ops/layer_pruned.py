@@ -51,7 +51,7 @@ class PrunedBase(nn.Module):
 
     ``origin`` is how the weight was made, (3,) int64: the bits of the threshold as a float64, how many equal
     to it were dropped, and the checksum of what is left. A state dict of a weight with another number of
-    entries loads too.
+    entries loads too. What is int16 is kept as bytes: process groups send no int16.
     """
 
     def __init__(self, weight: BitmapWeight, bias: nn.Parameter | None, origin: Tensor) -> None:
@@ -60,22 +60,27 @@ class PrunedBase(nn.Module):
         self.structure = weight.structure
         self.fields = tuple(weight.tensors)
         for name, tensor in weight.tensors.items():
-            self.register_buffer(name, tensor)
+            self.register_buffer(name, _as_bytes(tensor))
         self.register_buffer(_ORIGIN, origin)
         self.register_parameter("bias", bias)
-        self._weight = weight
+        self._weight: BitmapWeight | None = weight
 
     @property
     def compressed(self) -> BitmapWeight:
         """The weight, (N, K)."""
         buffers = self._buffers
-        if torch.compiler.is_compiling() or self._weight.values is not buffers["values"]:
-            tensors = {name: buffers[name] for name in self.fields}
+        weight = self._weight
+        if torch.compiler.is_compiling() or weight is None or weight.values is not buffers["values"]:
+            tensors = {name: _from_bytes(buffers[name]) for name in self.fields}
             weight = BitmapWeight(tensors, (self.out_features, self.in_features), self.structure)
             if torch.compiler.is_compiling():
                 return weight
             self._weight = weight
-        return self._weight
+        return weight
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch.save takes no tensor under two dtypes, and the weight is made of the buffers again
+        return {**super().__getstate__(), "_weight": None}
 
     def extra_repr(self) -> str:
         bits = self.compressed.bits_per_weight
@@ -88,7 +93,8 @@ class PrunedBase(nn.Module):
         given = {name: state[f"{prefix}{name}"] for name in self.fields if f"{prefix}{name}" in state}
         if given.keys() == set(self.fields):
             try:
-                BitmapWeight(given, (self.out_features, self.in_features), self.structure)
+                tensors = {name: _from_bytes(tensor) for name, tensor in given.items()}
+                BitmapWeight(tensors, (self.out_features, self.in_features), self.structure)
             except (TypeError, ValueError) as error:
                 args[-1].append(f"{prefix}: {error}")
                 return
@@ -270,6 +276,14 @@ def _prune_as_stored(
     _check_origin(op, name, _origin(cut, checksum(kept), w), origin)
     weight = BitmapWeight.from_dense(kept, config.structure)
     return make_layer(linear, config, Pruned(weight, origin.to(w.device), None))
+
+
+def _as_bytes(t: Tensor) -> Tensor:
+    return t.view(torch.uint8) if t.dtype is torch.int16 else t
+
+
+def _from_bytes(t: Tensor) -> Tensor:
+    return t.view(torch.int16) if t.dtype is torch.uint8 and t.dim() and t.shape[-1] % 2 == 0 else t
 
 
 def _stored_origin(op: str, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
