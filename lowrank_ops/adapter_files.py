@@ -27,6 +27,7 @@ from .inject import (
     check_called,
     check_model,
     check_uninjected,
+    check_whole,
     fused_layers,
     install,
     named_modules,
@@ -72,9 +73,9 @@ def save_adapter(
             theirs, which is float32 for adapters beside a 16-bit base.
 
     Raises:
-        ValueError: the model has no fused layers, or they hold no data ("meta"), or share no config, or
-            ``folder`` is a file. TypeError: ``folder`` is no path, or ``dtype`` not floating. OSError: the
-            folder cannot be written.
+        ValueError: the model has no fused layers, or they hold no data ("meta") or a part of it (FSDP), or
+            share no config, or ``folder`` is a file. TypeError: ``folder`` is no path, or ``dtype`` not
+            floating. OSError: the folder cannot be written.
     """
     from safetensors.torch import save
 
@@ -86,6 +87,7 @@ def save_adapter(
     if not layers or "" in layers:
         kind = type(model).__name__
         raise ValueError(f"{op}: model must contain fused layers, got a {kind} without; inject it first")
+    check_whole(op, layers)
     if any(layer.config.method != "lora" for layer in layers.values()):
         save_own(op, model, layers, folder, dtype)
         return
@@ -134,6 +136,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     check_model(op, model)
     folder = folder_path(op, folder)
     fields, inner = read_fields(op, folder), unwrapped(model)
+    check_whole(op, fused_layers(inner))
     if is_own(fields):
         load_own(op, model, folder, fields)
         return model

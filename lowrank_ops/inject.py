@@ -86,6 +86,17 @@ def fused_layers(model: nn.Module) -> dict[str, FusedLinear]:
     return {name: module for name, module in named_modules(model) if isinstance(module, FusedLinear)}
 
 
+def check_whole(op: str, layers: Mapping[str, FusedLinear]) -> None:
+    """Raise if an adapter is a DTensor, of which a process has a part."""
+    for name, layer in layers.items():
+        for key, parameter in layer.adapter.named_parameters():
+            if hasattr(parameter, "full_tensor"):
+                raise ValueError(
+                    f"{op}: adapter of {name!r} must be whole, got {key} sharded as in FSDP; "
+                    "load the full state dict into a model that is not sharded"
+                )
+
+
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield every module once with its first name, less what wrappers put into it."""
     return ((_WRAPPERS.sub("", name), module) for name, module in model.named_modules())
@@ -99,8 +110,7 @@ def find_targets(op: str, model: nn.Module, targets: str | Collection[str]) -> d
         found = {n: m for n, m in modules.items() if type(m) is nn.Linear and m is not head}
         if not found:
             kind = type(model).__name__
-            has_conv = any(type(module).__name__ == "Conv1D" for module in modules.values())
-            advice = "; Conv1D of transformers is not supported" if has_conv else ""
+            advice = _name_unsupported(module for module in modules.values() if module is not head)
             raise ValueError(f"{op}: model must contain an nn.Linear, got a {kind} without one{advice}")
     else:
         # a target may use any name of a shared module; files use the first
@@ -235,6 +245,14 @@ def set_trainable(model: nn.Module, layers: Iterable[FusedLinear]) -> None:
         if id(parameter) not in adapters:
             every = bias == "all" and name.rpartition(".")[2] == "bias"
             parameter.requires_grad_(every or (bias == "lora_only" and id(parameter) in biases))
+
+
+def _name_unsupported(modules: Iterable[nn.Module]) -> str:
+    """Return a clause that names a linear layer of another kind, as a quantised one, if there is one."""
+    for kind in map(type, modules):
+        if kind.__name__ == "Conv1D" or "Linear" in kind.__name__:
+            return f"; {kind.__name__} of {kind.__module__.partition('.')[0]} is not supported"
+    return ""
 
 
 def _check_all_match(op: str, targets: str | Collection[str], names: list[str]) -> None:

@@ -96,7 +96,11 @@ def bypassed(parent, child):
 
 
 def conv():
-    return nn.Sequential(type("Conv1D", (nn.Module,), {})())
+    return nn.Sequential(type("Conv1D", (nn.Module,), {"__module__": "transformers.pytorch_utils"})())
+
+
+def four_bit():
+    return nn.Sequential(type("Linear4bit", (nn.Linear,), {"__module__": "bitsandbytes.nn"})(6, 6))
 
 
 def of_two_configs():
@@ -137,7 +141,8 @@ INJECTIONS = {
     "target 'mixer.q_proj' must be called by its parent, got WavLMAttention, which": inject(
         bypassed("WavLMAttention", "q_proj")
     ),
-    "model must contain an nn.Linear, got a Sequential without one; Conv1D of trans": inject(conv),
+    "model must contain an nn.Linear, got a Sequential without one; Conv1D of transformers is": inject(conv),
+    "model must contain an nn.Linear, got a Sequential without one; Linear4bit of bits": inject(four_bit),
     "model must have no adapters, got 2 fused layers, first '0'; eject it first": inject(injected_mlp),
 }
 CALLS = {

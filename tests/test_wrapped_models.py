@@ -1,10 +1,14 @@
 """Models as other tools hand them over: wrapped, offloaded, made in inference mode."""
 
+import io
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import assert_untouched, fingerprint, injected_mlp, points, stir, tiny_mlp
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import lowrank_ops as lo
 
@@ -46,6 +50,27 @@ def test_a_data_parallel_model_is_taken_as_the_one_inside(tmp_path):
 
 def test_a_distributed_model_is_taken_as_the_one_inside(distributed, tmp_path):
     assert_wrapped_model_works(distributed, tmp_path)
+
+
+@pytest.mark.parametrize("structure", ["unstructured", "2:4"])
+def test_a_compressed_base_goes_through_a_process_group(structure, distributed):
+    model = nn.Sequential(nn.Linear(6, 16))
+    lo.inject(model, lo.SALRConfig(r=2, residual_rank=2, structure=structure))
+    expected, buffer = model(points()), io.BytesIO()
+    assert torch.equal(distributed(model)(points()), expected)
+    torch.save(model, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(points()), expected)
+
+
+@pytest.mark.parametrize("config", [lo.LoRAConfig(r=3), lo.SALORConfig(r=3)])
+def test_adapters_in_shards_are_neither_saved_nor_filled(config, distributed, tmp_path):
+    model = lo.inject(tiny_mlp(), config)
+    lo.save_adapter(model, tmp_path)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    for call in (lo.save_adapter, lo.load_adapter):
+        with pytest.raises(ValueError, match=r"_adapter: adapter of '0' must be whole, got a sharded"):
+            call(model, tmp_path)
 
 
 def test_adapters_that_a_reducer_would_not_see_are_refused(distributed, tmp_path):
