@@ -50,8 +50,9 @@ class MethodConfig:
     target_modules: str | Collection[str] = "all-linear"
 
     method: ClassVar[str]
-    # which biases of the base model train; a field where a method offers the choice
-    bias: ClassVar[str] = "none"
+    # which biases of the base model train; a field where a method offers the choice. Not annotated here: a
+    # dataclass would give that field this place, before those that LoRAConfig has ahead of it
+    bias = "none"
     # whether a weight can hold the update
     mergeable: ClassVar[bool] = True
 

@@ -28,7 +28,7 @@ TARGETS = [["q_proj"], ["0"], ["layers.0.q_proj", "lm_head"], r".*proj", r"model
 
 
 def test_defaults_are_those_of_the_api():
-    assert asdict(lo.LoRAConfig()) == {
+    defaults = {
         "r": 16,
         "lora_alpha": 32,
         "lora_dropout": 0.0,
@@ -38,6 +38,8 @@ def test_defaults_are_those_of_the_api():
         "alpha_pattern": {},
         "bias": "none",
     }
+    # by position too
+    assert list(asdict(lo.LoRAConfig()).items()) == list(defaults.items())
 
 
 def test_scale_is_alpha_over_r():
