@@ -94,7 +94,8 @@ class SparseFactor(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        if self.places is not None and not self.places.is_meta:
+        # they may be on "meta" where the masks, assigned, no longer are
+        if self.places is not None and not self.words.is_meta:
             self.places = _places(self.mask, self.train_mask)
 
 

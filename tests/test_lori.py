@@ -48,6 +48,16 @@ def test_llama_3_8b_has_the_papers_counts_and_fits_in_20_mb():
     assert in_bf16 + 100 * 3 * 224 < 20e6
 
 
+@pytest.mark.parametrize("form", ["dense", "sparse", "continued"])
+def test_a_state_is_assigned_to_a_model_on_meta(form):
+    model = dense_mlp() if form == "dense" else sparse_mlp()
+    if form == "continued":
+        lo.lori.train_only(model, lo.lori.extract_masks(model, 0.9))
+    empty = copy.deepcopy(model).to("meta")
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(empty(points()), model(points()))
+
+
 def state_bytes(layer, optimizer) -> int:
     """Bytes of B, of its mask, of its gradient and of the optimizer's state; A is alike for both."""
     own = [*layer.adapter.parameters(), *(b for n, b in layer.adapter.named_buffers() if n != "a")]

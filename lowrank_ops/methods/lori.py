@@ -64,8 +64,8 @@ class LoRI(Adapter):
         """Draw ``a`` from ``seed``."""
         R, K = self.a.shape
         self.seed = seed
-        self.a_seed = torch.tensor([seed, R, K], device=self.a.device)
-        self.a = draw_uniform(seed, R, K, dtype=self.a.dtype, device=self.a.device)
+        self.a_seed = torch.tensor([seed, R, K], device=self.a_seed.device)
+        self.a = draw_uniform(seed, R, K, dtype=self.a.dtype, device=self.a_seed.device)
 
     def file_tensors(self) -> dict[str, Tensor]:
         """Return ``a_seed`` and ``b``, or ``b_values`` and the mask's words, and those of what trains."""
@@ -103,8 +103,8 @@ class LoRI(Adapter):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        if not self.a.is_meta:
-            # also where the seed is the same: to_empty leaves no numbers
+        if not self.a_seed.is_meta:
+            # also where the seed is the same: to_empty leaves no numbers, and on "meta" there were none
             self.set_seed(int(self.a_seed[0]))
 
     def extra_repr(self) -> str:
