@@ -33,11 +33,14 @@ def write_lora(
         dtype: of the tensors in the file; None keeps theirs.
 
     Raises:
-        ValueError: a tensor holds no data, or ``folder`` is a file. TypeError: ``dtype`` is not floating.
+        ValueError: a tensor holds no data, a layer has no name, or ``folder`` is a file. TypeError: ``dtype``
+            is not floating.
     """
     from safetensors.torch import save
 
     check_file_dtype(op, dtype)
+    if "" in factors:
+        raise ValueError(f"{op}: model must contain the layers, got a bare one")
     tensors, ranks, alphas = {}, {}, {}
     for name, (a, b, scale) in factors.items():
         for letter, factor in (("A", a), ("B", b)):

@@ -271,13 +271,19 @@ def export_peft(
         dtype: of the tensors in the file; None keeps the adapter's, float32 beside a 16-bit base.
 
     Raises:
-        ValueError, TypeError, OSError: as ``save_adapter`` does.
+        ValueError: the model has no SALOR layers, or those of another method. ValueError, TypeError, OSError:
+            as ``save_adapter`` does.
     """
     op = "export_peft"
-    densities(model)
+    check_model(op, model)
     path, inner = folder_path(op, folder), unwrapped(model)
+    layers = fused_layers(inner)
+    methods = sorted({layer.adapter.name for layer in layers.values()})
+    # with structure="rank" the compact form is LoRA's
+    if not methods or not {"salor", "lora"}.issuperset(methods):
+        raise ValueError(f"{op}: model must have SALOR layers, got {' and '.join(methods) or 'one without'}")
     with torch.no_grad():
-        factors = {name: layer.adapter.factors(layer.weight) for name, layer in fused_layers(inner).items()}
+        factors = {name: layer.adapter.factors(layer.weight) for name, layer in layers.items()}
     write_lora(op, path, factors, base=getattr(inner, "name_or_path", None) or None, dtype=dtype)
 
 

@@ -221,9 +221,9 @@ def test_a_file_with_another_mask_does_not_fill_a_compact_model(tmp_path):
     assert_untouched(before, model)
 
 
-@pytest.mark.parametrize("is_compact", [False, True])
-def test_an_export_is_a_plain_lora(is_compact, tmp_path):
-    model, _, schedule = trained()
+@pytest.mark.parametrize(("structure", "is_compact"), [("2:4", False), ("2:4", True), ("rank", True)])
+def test_an_export_is_a_plain_lora(structure, is_compact, tmp_path):
+    model, _, schedule = trained(structure)
     plain, x = plain_twin(model), data()[0]
     if is_compact:
         schedule.finish()

@@ -147,9 +147,15 @@ def test_compact_refuses_an_optimizer_of_something_else():
     assert_untouched(before, model)
 
 
-def test_densities_need_salor_layers():
+def test_densities_and_exports_need_salor_layers(tmp_path):
     with pytest.raises(ValueError, match="model must have SALOR layers, got a Sequential without"):
         lo.salor.densities(tiny_mlp())
+    with pytest.raises(ValueError, match="export_peft: model must have SALOR layers, got one without"):
+        lo.salor.export_peft(tiny_mlp(), tmp_path)
+    with pytest.raises(ValueError, match="export_peft: model must have SALOR layers, got lori"):
+        lo.salor.export_peft(lo.inject(tiny_mlp(), lo.LoRIConfig(r=2)), tmp_path)
+    with pytest.raises(ValueError, match="export_peft: model must contain the layers, got a bare one"):
+        lo.salor.export_peft(lo.inject(tiny_mlp(), lo.SALORConfig(r=2))[0], tmp_path)
 
 
 def test_a_file_that_is_damaged_says_where(tmp_path):
