@@ -35,11 +35,13 @@ setup(
         "lowrank_ops.reference",
     ],
     package_data={"lowrank_ops": ["py.typed"], "lowrank_ops.kernels": ["_tables/*.json"]},
-    # safetensors is in the core because adapter files are; it has no dependencies of its own
+    # safetensors is in the core because adapter files are, tqdm for the bar that salr.prune shows unless told
+    # otherwise; they need nothing else
     install_requires=[
         "torch>=2.11",
         "numpy",
         "safetensors>=0.4.3",
+        "tqdm",
         "triton>=3.6; platform_system == 'Linux'",
     ],
     extras_require={

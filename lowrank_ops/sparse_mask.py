@@ -127,6 +127,7 @@ class SparseMask:
 
         Differentiable: the gradient of ``dense`` is zero elsewhere. On a GPU it waits for nothing.
         """
+        _check_tensor("pack", "dense", dense)
         if tuple(dense.shape) != self.shape:
             raise ValueError(
                 f"SparseMask.pack: dense must be (rows, cols) = {self.shape}, got {tuple(dense.shape)}"
@@ -139,6 +140,7 @@ class SparseMask:
 
         Differentiable: the gradient of ``values`` is (nnz,). On a GPU it waits for nothing.
         """
+        _check_tensor("unpack", "values", values)
         if tuple(values.shape) != (self.nnz,):
             raise ValueError(
                 f"SparseMask.unpack: values must be (nnz,) = ({self.nnz},), got {tuple(values.shape)}"
@@ -232,6 +234,11 @@ class _Unpack(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return _Pack.apply(grad, ctx.mask), None
+
+
+def _check_tensor(method: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"SparseMask.{method}: {name} must be a Tensor, got {type(value).__name__}")
 
 
 def _offset_type(nnz: int) -> torch.dtype:

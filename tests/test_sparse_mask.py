@@ -125,6 +125,8 @@ ERRORS = {
     ),
     "meta: nnz must be in [0, 6], got 7": lambda: SparseMask.meta((2, 3), 7),
     "pack: dense must be (rows, cols) = (2, 2), got (2, 3)": lambda: full().pack(torch.ones(2, 3)),
+    "pack: dense must be a Tensor, got list": lambda: full().pack([[1, 2], [3, 4]]),
+    "unpack: values must be a Tensor, got int": lambda: full().unpack(5),
     "unpack: values must be (nnz,) = (4,), got (5,)": lambda: full().unpack(torch.ones(5)),
     "unpack: values must be on the device of the mask, cpu, got meta": lambda: full().unpack(
         torch.ones(4, device="meta")
