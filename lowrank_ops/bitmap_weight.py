@@ -10,6 +10,8 @@ from torch import Tensor
 from . import reference
 from .adapter_tensors import write_files
 from .functional import _DTYPES, _pick_impl
+from .ops._library import run_here
+from .ops.pruned import SparseCopy
 
 __all__ = ["STRUCTURES", "BitmapWeight"]
 
@@ -50,7 +52,7 @@ class BitmapWeight:
         self.shape = torch.Size((N, K))
         self.structure = structure
         self._packed = [tensors[name] for name in _FIELDS[structure]]
-        self._sparse: Tensor | None = None
+        self._sparse: SparseCopy | None = None
 
     @classmethod
     def from_dense(cls, w: Tensor, structure: str = "unstructured") -> "BitmapWeight":
@@ -78,17 +80,18 @@ class BitmapWeight:
         _check_structure(op, structure)
         w = w.detach()
         if structure == "2:4":
-            packed = _implementation(op, w).two_four_encode(w)
-            # the encoder keeps two entries of four: any third is missing
-            if int(packed[0].count_nonzero()) != int(w.count_nonzero()):
+            lost = torch.zeros((), dtype=torch.int64, device=w.device)
+            packed = run_here(_implementation(op, w).two_four_encode, w, lost)
+            if int(lost):
                 raise _not_two_four(op, w)
         else:
-            packed = _implementation(op, w).bitmap_encode(w)
+            packed = run_here(_implementation(op, w).bitmap_encode, w)
         return cls(dict(zip(_FIELDS[structure], packed, strict=True)), tuple(w.shape), structure)
 
     def to_dense(self) -> Tensor:
         """Return the weight, (N, K), as a new tensor."""
-        return _implementation("BitmapWeight.to_dense", self.values).pruned_decode(self._packed, *self.shape)
+        decode = _implementation("BitmapWeight.to_dense", self.values).pruned_decode
+        return run_here(lambda _, *rest: decode(*rest), self.values, self._packed, *self.shape)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -115,22 +118,29 @@ class BitmapWeight:
         """Where the tensors are."""
         return self._packed[0].device
 
-    def accelerate(self) -> "BitmapWeight":
+    def accelerate(self, tokens: int = 8192) -> "BitmapWeight":
         """Keep a copy for the GPU's sparse tensor cores too, and return the weight itself.
 
-        ``pruned_linear`` with ``impl="auto"`` then takes it forward for 4096 rows of x and more, outside of
-        ``torch.compile``: PyTorch's semi-structured product, by cuSPARSELt, whose interface PyTorch calls a
-        prototype. Backward, and fewer rows, go on as before. The copy is not saved, and does not follow
-        :meth:`to` to another device.
+        ``pruned_linear`` with ``impl="auto"`` then takes it forward for ``tokens`` rows of x and more,
+        outside of ``torch.compile``: PyTorch's semi-structured product, by cuSPARSELt, whose interface
+        PyTorch calls a prototype. Its algorithm is the one that is fastest for so many rows, found by trying,
+        once, in about a second. Backward, and fewer rows, go on as before. The copy is not saved, and does
+        not follow :meth:`to` to another device, nor a copy of the layer that holds the weight.
+
+        Args:
+            tokens: rows of x, 1 or more.
 
         Raises:
-            ValueError: not 2:4, not on a CUDA device, or N or K no multiple of 32 or 64. TypeError: not
-                float16 or bfloat16. RuntimeError: PyTorch has no cuSPARSELt here.
+            ValueError: not 2:4, not on a CUDA device, N or K no multiple of 32 or 64, or no such ``tokens``.
+            TypeError: not float16 or bfloat16. RuntimeError: PyTorch has no cuSPARSELt here.
 
-        Memory: 9 bits a weight on top, counted by :attr:`nbytes`; the dense weight for the time of the call.
+        Memory: 9 bits a weight on top, counted by :attr:`nbytes`; for the time of the call the dense weight,
+        and x and y of that many rows.
         """
         op = "BitmapWeight.accelerate"
-        if self._sparse is not None:
+        if type(tokens) is not int or tokens < 1:
+            raise ValueError(f"{op}: tokens must be an int of 1 or more, got {tokens!r}")
+        if self._sparse is not None and self._sparse.tokens == tokens:
             return self
         if self.structure != "2:4":
             raise ValueError(f'{op}: structure must be "2:4", got {self.structure!r}')
@@ -144,11 +154,16 @@ class BitmapWeight:
         if not torch.backends.cusparselt.is_available():
             raise RuntimeError(f"{op}: PyTorch must have cuSPARSELt, got a build or GPU without it")
         with torch.no_grad(), torch.cuda.device(self.device):
-            self._sparse = torch._cslt_compress(self.to_dense())
+            weight = torch._cslt_compress(self.to_dense())
+            x = torch.empty(tokens + -tokens % 8, K, dtype=self.dtype, device=self.device)
+            x.normal_(generator=torch.Generator(self.device).manual_seed(0))
+            # without split sums: of those the order is not known to be fixed
+            algorithm, *_ = torch._C._cusparselt.mm_search(weight, x.T, None, None, None, True)
+        self._sparse = SparseCopy(weight, tokens, algorithm)
         return self
 
     @property
-    def accelerated(self) -> Tensor | None:
+    def accelerated(self) -> SparseCopy | None:
         """What :meth:`accelerate` keeps, or None."""
         return self._sparse
 
@@ -160,7 +175,7 @@ class BitmapWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of all that is stored, with what :meth:`accelerate` keeps."""
-        return sum(t.nbytes for t in (*self._packed, *([] if self._sparse is None else [self._sparse])))
+        return sum(t.nbytes for t in self._packed) + (self._sparse.weight.nbytes if self._sparse else 0)
 
     @property
     def bits_per_weight(self) -> float:

@@ -1,9 +1,12 @@
 """BitmapWeight: exact round trips, the layout that is promised, sizes, files and errors."""
 
+import json
+
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import bitmap_encoder
 from lowrank_ops import BitmapWeight, reference
 
 SHAPES = [(64, 128), (100, 37), (1, 1), (0, 5), (5, 0), (130, 200)]
@@ -120,6 +123,21 @@ def test_places_of_tiles_may_be_64_bit():
 
 def parts(**changes: Tensor) -> dict[str, Tensor]:
     return BitmapWeight.from_dense(pruned(70, 90)).tensors | changes
+
+
+def test_the_encoder_benchmark_counts_the_bytes_that_must_move(tmp_path):
+    sizes = ["--shape", "64", "128", "--rounds", "1", "--copies", "1", "--dtype", "float32"]
+    assert bitmap_encoder.main(["--device", "cpu", *sizes, "--out", str(tmp_path), "--commit", "abc"]) == 0
+    (path,) = tmp_path.glob("bitmap_encoder-*.json")
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    dense, index = 64 * 128 * 4, 2 * 64 * 10 + 3 * 4
+    assert [row["bytes"] for row in rows] == [
+        2 * dense + dense // 2 + 2 * index,
+        dense + dense // 2 + index,
+        dense + dense // 2 + 64 * 128 // 8,
+        dense + dense // 2 + 64 * 128 // 8,
+    ]
+    assert all(row["ms"] > 0 for row in rows)
 
 
 ERRORS = {

@@ -258,3 +258,5 @@ def test_what_sparse_tensor_cores_do_not_take_is_refused():
         make_weight(32, 64).accelerate()
     with pytest.raises(ValueError, match="device must be CUDA, got cpu"):
         make_weight(32, 64, "2:4").accelerate()
+    with pytest.raises(ValueError, match="tokens must be an int of 1 or more, got 0"):
+        make_weight(32, 64, "2:4").accelerate(0)

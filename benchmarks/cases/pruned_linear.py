@@ -63,6 +63,10 @@ def _frozen(cell: Cell, t: dict[str, Tensor]) -> Layer:
     return Layer(lambda: F.linear(t["x"], t["w"]), {"x": t["x"]})
 
 
+def _unfused(cell: Cell, t: dict[str, Tensor]) -> Layer:
+    return Layer(lambda: expected(cell, t), {name: t[name] for name in CASE.leaves})
+
+
 def _dense(cell: Cell, t: dict[str, Tensor]) -> Layer:
     call = lambda: functional.lora_linear(t["x"], t["w"], t["a"], t["b"], scale=SCALE)  # noqa: E731
     return Layer(call, {name: t[name] for name in CASE.leaves})
@@ -71,6 +75,12 @@ def _dense(cell: Cell, t: dict[str, Tensor]) -> Layer:
 def _ours(cell: Cell, t: dict[str, Tensor], structure: str, impl: str = "auto") -> Layer:
     w = BitmapWeight.from_dense(t["w"], structure)
     call = lambda: pruned.pruned_linear(t["x"], w, t["a"], t["b"], scale=SCALE, impl=impl)  # noqa: E731
+    return Layer(call, {name: t[name] for name in CASE.leaves})
+
+
+def _accelerated(cell: Cell, t: dict[str, Tensor]) -> Layer:
+    w = BitmapWeight.from_dense(t["w"], "2:4").accelerate(cell.M)
+    call = lambda: pruned.pruned_linear(t["x"], w, t["a"], t["b"], scale=SCALE)  # noqa: E731
     return Layer(call, {name: t[name] for name in CASE.leaves})
 
 
@@ -83,6 +93,11 @@ def _on_gpu(cell: Cell) -> bool:
     return cell.device == "cuda"
 
 
+def _on_sparse_cores(cell: Cell) -> bool:
+    # fewer tokens read the compressed weight, accelerated or not
+    return _on_gpu(cell) and cell.M >= 2048 and torch.backends.cusparselt.is_available()
+
+
 CASE = Case(
     name="pruned_linear",
     floor="frozen",
@@ -91,12 +106,14 @@ CASE = Case(
     leaves=("x", "a", "b"),
     providers=(
         Provider("frozen", _frozen),
+        Provider("unfused", _unfused),
         Provider("dense", _dense),
         Provider("bitmap", lambda cell, t: _ours(cell, t, "unstructured")),
         Provider(
             "bitmap_triton", lambda cell, t: _ours(cell, t, "unstructured", "triton"), by_default=_on_gpu
         ),
         Provider("two_four", lambda cell, t: _ours(cell, t, "2:4")),
+        Provider("two_four_accelerated", _accelerated, by_default=_on_sparse_cores),
         # no adapter: what the compressed weight itself saves
         Provider("bitmap_bare", lambda cell, t: _bare(cell, t, "unstructured"), judged=False),
         Provider("two_four_bare", lambda cell, t: _bare(cell, t, "2:4"), judged=False),

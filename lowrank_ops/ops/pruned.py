@@ -9,24 +9,31 @@ from torch import Tensor
 from ._library import is_traced, run_here
 from .lora_linear import RefuseSecondDerivative, as_rows
 
-__all__ = ["PrunedLinearFunction", "PrunedOptions"]
+__all__ = ["PrunedLinearFunction", "PrunedOptions", "SparseCopy"]
 
 
-# rows of x from which sparse tensor cores beat a dense copy of the weight
-_MANY = 4096
+class SparseCopy(NamedTuple):
+    """A 2:4 weight for cuSPARSELt, taken for ``tokens`` rows of x and more.
+
+    ``weight`` is what ``torch._cslt_compress`` makes of it, ``algorithm`` a number of cuSPARSELt's own.
+    """
+
+    weight: Tensor
+    tokens: int
+    algorithm: int
 
 
 class PrunedOptions(NamedTuple):
     """``impl`` names the implementation; ``module`` is it, or None where the library's ops must be called.
 
-    ``sparse`` is the weight as ``torch._cslt_compress`` makes it, or None.
+    ``sparse`` is the weight once more, or None.
     """
 
     N: int
     scale: float
     impl: str
     module: ModuleType | None
-    sparse: Tensor | None = None
+    sparse: SparseCopy | None = None
 
 
 class PrunedLinearFunction(torch.autograd.Function):
@@ -51,7 +58,7 @@ class PrunedLinearFunction(torch.autograd.Function):
         arguments = (rows, list(packed), N, a, b, bias, scale)
         if module is None:
             y, h = torch.ops.lowrank_ops.pruned_matmul(*arguments, impl)
-        elif sparse is not None and rows.shape[0] >= _MANY:
+        elif sparse is not None and rows.shape[0] >= sparse.tokens:
             y, h = run_here(_sparse_matmul, rows, sparse, a, b, bias, scale, module)
         else:
             y, h = run_here(module.pruned_matmul, *arguments)
@@ -98,7 +105,7 @@ class PrunedLinearFunction(torch.autograd.Function):
 
 def _sparse_matmul(
     x: Tensor,
-    sparse: Tensor,
+    sparse: SparseCopy,
     a: Tensor | None,
     b: Tensor | None,
     bias: Tensor | None,
@@ -109,9 +116,9 @@ def _sparse_matmul(
     M = x.shape[0]
     # it takes multiples of eight rows
     rows = torch.nn.functional.pad(x, (0, 0, 0, -M % 8)) if M % 8 else x.contiguous()
-    # contiguous, as every y, by a copy: the product is far slower where it writes its transpose itself
-    y = torch._cslt_sparse_mm(sparse, rows.T, bias=bias).T[:M].contiguous()
-    if a is None:
-        return y, None
-    h = module.lora_hidden(x, a, scale, None, 0.0)
-    return y.addmm_(h.to(y.dtype), b.to(y.dtype).T), h
+    h = None if a is None else module.lora_hidden(x, a, scale, None, 0.0)
+    y = torch._cslt_sparse_mm(
+        sparse.weight, rows.T, bias=bias, transpose_result=True, alg_id=sparse.algorithm
+    )
+    y.resize_(M, y.shape[1])
+    return y if h is None else y.addmm_(h.to(y.dtype), b.to(y.dtype).T), h

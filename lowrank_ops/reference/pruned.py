@@ -54,11 +54,16 @@ def bitmap_decode(
     return tiles.transpose(1, 2).flatten(2).flatten(0, 1)[:N, :K].contiguous()
 
 
-def two_four_encode(w: Tensor) -> list[Tensor]:
-    """Return values and index of ``w``, (N, K), where no aligned four columns hold over two entries."""
+def two_four_encode(w: Tensor, lost: Tensor | None = None) -> list[Tensor]:
+    """Return values and index of ``w``, (N, K).
+
+    Of more than two entries in a group some are left out: their number is added to ``lost``, () int64.
+    """
     padded = F.pad(w, (0, -w.shape[1] % 16))
     groups = padded.view(w.shape[0], padded.shape[1] // 4, 4)
     present = groups != 0
+    if lost is not None:
+        lost += (present.sum(-1) - 2).clamp_(min=0).sum()
     bits = (present * (1 << torch.arange(4, device=w.device))).sum(-1)
     pairs = torch.tensor(_PAIRS, dtype=torch.int64, device=w.device)[bits]
     columns = torch.stack([pairs & 3, pairs >> 2], -1)

@@ -39,6 +39,15 @@ def test_the_encoder_is_its_namesake(size, dtype, structure):
         assert got.dtype == want.dtype
 
 
+def test_entries_beyond_two_of_four_are_counted():
+    w, lost = torch.ones(5, 21), torch.zeros((), dtype=torch.int64)
+    w[1:, 4:8] = torch.tensor([1.0, -0.0, torch.nan, 0])
+    kernels.two_four_encode(w, lost)
+    expected = torch.zeros((), dtype=torch.int64)
+    reference.two_four_encode(w, expected)
+    assert lost == expected == 2 * (5 * 5 - 4)
+
+
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize(
     ("size", "dtype"), list(zip(SIZES, [torch.float32, torch.float16, torch.float32], strict=True)), ids=str
