@@ -1,16 +1,12 @@
-"""Few tokens through a compressed 16-bit weight: decoded in the registers that tensor cores read it from."""
+"""Few tokens through a 2:4 weight of 16 bits: decoded in the registers that tensor cores read it from."""
 
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.language.extra.cuda import gdc_wait
 
 from ._gluon import gl, gluon
-from ._stream_ptx import BITMAP_PAIRS, BITMAP_TYPES, LOAD_FOUR, TWO_FOUR_PAIRS, TWO_FOUR_TYPES
+from ._stream_ptx import LOAD_FOUR, TWO_FOUR_PAIRS, TWO_FOUR_TYPES
 
-__all__ = ["stream_kernel"]
-
-
-@gluon.jit
-def _popcount(bits):
-    return gl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [bits], dtype=gl.int32, is_pure=True, pack=1)
+__all__ = ["two_four_stream_kernel"]
 
 
 @gluon.jit
@@ -22,32 +18,6 @@ def _along(axis: gl.constexpr, SIZE: gl.constexpr, LAYOUT: gl.constexpr):
         return gl.arange(0, SIZE, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
     else:
         return gl.arange(0, SIZE, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
-
-
-@gluon.jit
-def _bitmap_fetch(
-    bits_ptr, offset_ptr, start_ptr, origin, across, row, tile,
-    ROWS: gl.constexpr, LANES: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    """The two words of a row of a tile, and where its values start after ``origin``; (WARPS, ROWS, 4)."""
-    mine = tile + _along(0, WARPS, LANES)
-    inside = (mine < across) & (_along(1, ROWS, LANES) >= 0) & (_along(2, 4, LANES) >= 0)
-    number = (row // 64) * across + mine
-    line = number * 64 + (row % 64 + _along(1, ROWS, LANES)) + 0 * _along(2, 4, LANES)
-    bits = gl.load((bits_ptr.to(gl.pointer_type(gl.int64), bitcast=True)) + line, mask=inside, other=0)
-    offset = gl.load(offset_ptr + line, mask=inside, other=0)
-    start = (gl.load(start_ptr + number, mask=mine < across, other=0) - origin).to(gl.int32)
-    return bits.to(gl.int32), (bits >> 32).to(gl.int32), start + offset
-
-
-@gluon.jit
-def _bitmap_pairs(base, word, at, LANES: gl.constexpr):
-    """Eight columns as four pairs, of a lane's eight bits of ``word``."""
-    shift = 8 * _along(2, 4, LANES) + 0 * word
-    return gl.inline_asm_elementwise(
-        BITMAP_PAIRS, BITMAP_TYPES, [word, at, shift, (1 << shift) - 1, base],
-        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -81,67 +51,23 @@ def _operand(p0, p1, p2, p3, q0, q1, q2, q3, DTYPE: gl.constexpr, W_LAYOUT: gl.c
 
 
 @gluon.jit
-def stream_kernel(
-    x_ptr, values_ptr, bits_ptr, offset_ptr, start_ptr, h_ptr, b_ptr, bias_ptr, y_ptr,
-    M, N, K, R, across, stride_xm, stride_xk, stride_hm, stride_hr, stride_bn, stride_br, stride_bias,
-    TWO_FOUR: gl.constexpr, DTYPE: gl.constexpr, HAS_UPDATE: gl.constexpr, HAS_BIAS: gl.constexpr,
-    BLOCK_M: gl.constexpr, ROWS: gl.constexpr, LANES: gl.constexpr, num_warps: gl.constexpr,
+def _finish(
+    acc, h_ptr, b_ptr, bias_ptr, y_ptr, M, N, R, row,
+    stride_hm, stride_hr, stride_bn, stride_br, stride_bias,
+    DTYPE: gl.constexpr, HAS_UPDATE: gl.constexpr, HAS_BIAS: gl.constexpr,
+    BLOCK_M: gl.constexpr, ROWS: gl.constexpr, MMA: gl.constexpr, WARPS: gl.constexpr,
+    OVERLAP: gl.constexpr = False,
 ):  # fmt: skip
-    """y[m, n] = sum_k x[m, k] w[n, k]  +  sum_r h[m, r] b[n, r]  +  bias[n], at most BLOCK_M tokens
+    """Add the update and the bias to the warps' sums, (WARPS, ROWS, BLOCK_M), and store their total.
 
-    Tensors   x (M, K)  w packed, of 16 bits, its values at 16-byte boundaries if 2:4  h (M, R)  b (N, R)
-              bias (N,); y (M, N) contiguous.
-    Program   ROWS features of all tokens. Warps take turns on blocks of 64 columns; their sums meet at the
-              end. Four lanes hold a row's block as the product's left operand wants it with eight columns
-              each, so that a lane decodes what it multiplies; features are that side because it is wide.
-    Numerics  products as the tensor cores', sums in float32, one rounding, at the store.
-    Traffic   the compressed weight once, x once per block of features (from L2).
-    Requires  ROWS a multiple of 16 that divides 64; BLOCK_M a multiple of 8.
+    OVERLAP: the launch before this one, which makes h, may still run.
     """
-    WARPS: gl.constexpr = num_warps
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     W_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, MMA, 8)
     X_LAYOUT: gl.constexpr = gl.DotOperandLayout(1, MMA, 8)
-    row = gl.program_id(0) * ROWS
-    m, kk = _along(2, BLOCK_M, X_LAYOUT), _along(1, 64, X_LAYOUT)
-    if TWO_FOUR:
-        # a lane's sixteen neighbours are eight columns of either half of the product
-        kk = kk // 8 % 4 * 16 + kk // 32 * 8 + kk % 8
-        code, v0, v1, v2, v3 = _two_four_fetch(values_ptr, bits_ptr, N, across, row, 0, ROWS, LANES, WARPS)
-    else:
-        origin = gl.load(start_ptr + (row // 64) * across).to(gl.int64)
-        # loads start at whole 8 bytes, and count from there
-        base = values_ptr.to(gl.int64) + 2 * origin
-        origin -= base // 2 % 4
-        base = base // 8 * 8
-        low, high, at = _bitmap_fetch(
-            bits_ptr, offset_ptr, start_ptr, origin, across, row, 0, ROWS, LANES, WARPS
-        )
-    x_ptrs = (
-        x_ptr + m.to(gl.int64) * stride_xm + (kk + 64 * _along(0, WARPS, X_LAYOUT)).to(gl.int64) * stride_xk
-    )
-    kk += 64 * _along(0, WARPS, X_LAYOUT)
-    acc = gl.zeros((WARPS, ROWS, BLOCK_M), gl.float32, MMA)
-    for tile in range(0, gl.cdiv(K, 64), WARPS):
-        x = gl.load(x_ptrs, mask=(m < M) & (kk < K - tile * 64), other=0.0)
-        x_ptrs += 64 * WARPS * stride_xk
-        if TWO_FOUR:
-            p0, p1, p2, p3, q0, q1, q2, q3 = gl.inline_asm_elementwise(
-                TWO_FOUR_PAIRS, TWO_FOUR_TYPES, [code, v0, v1, v2, v3],
-                dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32),
-                is_pure=True, pack=1,
-            )  # fmt: skip
-            code, v0, v1, v2, v3 = _two_four_fetch(
-                values_ptr, bits_ptr, N, across, row, tile + WARPS, ROWS, LANES, WARPS
-            )
-        else:
-            p0, p1, p2, p3 = _bitmap_pairs(base, low, at, LANES)
-            q0, q1, q2, q3 = _bitmap_pairs(base, high, at + _popcount(low), LANES)
-            low, high, at = _bitmap_fetch(
-                bits_ptr, offset_ptr, start_ptr, origin, across, row, tile + WARPS, ROWS, LANES, WARPS
-            )
-        acc = mma_v2(_operand(p0, p1, p2, p3, q0, q1, q2, q3, DTYPE, W_LAYOUT), x, acc)
+    m = _along(2, BLOCK_M, X_LAYOUT)
     if HAS_UPDATE:
+        if OVERLAP:
+            gdc_wait()
         n, w_rank = row + _along(1, ROWS, W_LAYOUT), _along(2, 64, W_LAYOUT) + 64 * _along(0, WARPS, W_LAYOUT)
         x_rank = _along(1, 64, X_LAYOUT) + 64 * _along(0, WARPS, X_LAYOUT)
         for r in range(0, R, 64 * WARPS):
@@ -158,3 +84,54 @@ def stream_kernel(
         y += gl.load(bias_ptr + offs_n * stride_bias, mask=offs_n < N, other=0.0).to(gl.float32)
     ptrs = y_ptr + offs_m.to(gl.int64) * N + offs_n
     gl.store(ptrs, y.to(DTYPE), mask=(offs_n < N) & (offs_m < M))
+
+
+@gluon.jit
+def two_four_stream_kernel(
+    x_ptr, values_ptr, bits_ptr, h_ptr, b_ptr, bias_ptr, y_ptr,
+    M, N, K, R, across, stride_xm, stride_xk, stride_hm, stride_hr, stride_bn, stride_br, stride_bias,
+    DTYPE: gl.constexpr, HAS_UPDATE: gl.constexpr, HAS_BIAS: gl.constexpr,
+    BLOCK_M: gl.constexpr, ROWS: gl.constexpr, LANES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """y[m, n] = sum_k x[m, k] w[n, k]  +  sum_r h[m, r] b[n, r]  +  bias[n], at most BLOCK_M tokens
+
+    Tensors   x (M, K)  w packed, of 16 bits, its values at 16-byte boundaries  h (M, R)  b (N, R)
+              bias (N,); y (M, N) contiguous.
+    Program   ROWS features of all tokens. Warps take turns on blocks of 64 columns; their sums meet at the
+              end. Four lanes hold a row's block as the product's left operand wants it with sixteen columns
+              each, so that a lane decodes what it multiplies; features are that side because it is wide.
+    Numerics  products as the tensor cores', sums in float32, one rounding, at the store.
+    Traffic   the compressed weight once, x once per block of features (from L2).
+    Requires  ROWS a multiple of 16 that divides 64; BLOCK_M a multiple of 8.
+    """
+    WARPS: gl.constexpr = num_warps
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
+    W_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, MMA, 8)
+    X_LAYOUT: gl.constexpr = gl.DotOperandLayout(1, MMA, 8)
+    row = gl.program_id(0) * ROWS
+    m, kk = _along(2, BLOCK_M, X_LAYOUT), _along(1, 64, X_LAYOUT)
+    # a lane's sixteen neighbours are eight columns of either half of the product
+    kk = kk // 8 % 4 * 16 + kk // 32 * 8 + kk % 8
+    code, v0, v1, v2, v3 = _two_four_fetch(values_ptr, bits_ptr, N, across, row, 0, ROWS, LANES, WARPS)
+    x_ptrs = (
+        x_ptr + m.to(gl.int64) * stride_xm + (kk + 64 * _along(0, WARPS, X_LAYOUT)).to(gl.int64) * stride_xk
+    )
+    kk += 64 * _along(0, WARPS, X_LAYOUT)
+    acc = gl.zeros((WARPS, ROWS, BLOCK_M), gl.float32, MMA)
+    for tile in range(0, gl.cdiv(K, 64), WARPS):
+        x = gl.load(x_ptrs, mask=(m < M) & (kk < K - tile * 64), other=0.0)
+        x_ptrs += 64 * WARPS * stride_xk
+        p0, p1, p2, p3, q0, q1, q2, q3 = gl.inline_asm_elementwise(
+            TWO_FOUR_PAIRS, TWO_FOUR_TYPES, [code, v0, v1, v2, v3],
+            dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+        code, v0, v1, v2, v3 = _two_four_fetch(
+            values_ptr, bits_ptr, N, across, row, tile + WARPS, ROWS, LANES, WARPS
+        )
+        acc = mma_v2(_operand(p0, p1, p2, p3, q0, q1, q2, q3, DTYPE, W_LAYOUT), x, acc)
+    _finish(
+        acc, h_ptr, b_ptr, bias_ptr, y_ptr, M, N, R, row,
+        stride_hm, stride_hr, stride_bn, stride_br, stride_bias,
+        DTYPE, HAS_UPDATE, HAS_BIAS, BLOCK_M, ROWS, MMA, WARPS,
+    )  # fmt: skip

@@ -10,7 +10,7 @@ from ._matmul import extended_matmul
 from .bitmap_codec import pruned_decode
 from .lora_backward import lora_backward
 from .lora_forward import lora_forward, lora_hidden
-from .pruned_few import MOST_TOKENS, pruned_few
+from .pruned_few import MOST_TOKENS, overlaps, pruned_few
 
 __all__ = ["PrunedPasses", "plain_matmul", "pruned_backward", "pruned_matmul"]
 
@@ -41,6 +41,10 @@ class PrunedPasses(NamedTuple):
         """Return ``y = x wᵀ + h bᵀ + bias``, (M, N), and ``h = scale · x aᵀ``, (M, R), None without a."""
         M, K = x.shape
         if 0 < M <= MOST_TOKENS and K > 0 and N > 0 and x.element_size() <= self.widest_few:
+            if a is not None and a.shape[0] > 0 and overlaps(x, packed):
+                from .pruned_stream import adapted_stream
+
+                return adapted_stream(x, packed, N, a, b, bias, scale)
             h = None if a is None else self.hidden(x, a, scale, None, 0.0)
             return pruned_few(x, packed, N, h, b, bias), h
         w = pruned_decode(packed, N, K)

@@ -14,7 +14,7 @@ from ._launch import Launch, launch
 from ._packed import packed_args
 from ._tiles import add, dot, total, wide
 
-__all__ = ["MOST_TOKENS", "FewConfig", "pick_few", "pruned_few"]
+__all__ = ["MOST_TOKENS", "FewConfig", "overlaps", "pick_few", "pruned_few"]
 
 MOST_TOKENS = 64
 
@@ -262,6 +262,14 @@ def _prepare(
         x, *tensors, M, N, K, R, across, steps, *x.stride(), *h_strides, *b_strides, stride_bias,
         PRECISION=precision, BLOCK_M=max(16, triton.next_power_of_2(M)), **common,
     )  # fmt: skip
+
+
+def overlaps(x: Tensor, packed: list[Tensor]) -> bool:
+    """Whether ``pruned_stream.adapted_stream`` takes them: a bitmap, where launches may overlap."""
+    if x.shape[0] > 16 or x.element_size() != 2 or len(packed) != 4:
+        return False
+    arch = device_facts(x.device).arch
+    return arch.startswith("sm") and int(arch[2:]) >= 90
 
 
 def pruned_few(

@@ -1,33 +1,50 @@
-"""The launcher of ``_stream_kernel``: few tokens through a compressed 16-bit weight on NVIDIA GPUs."""
+"""The launchers for few tokens through a compressed 16-bit weight on NVIDIA GPUs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 import triton
 from torch import Tensor
 
+from ._bitmap_stream import bitmap_stream_kernel
 from ._config import DeviceFacts, device_facts, tl_type
+from ._few_hidden import few_hidden
 from ._gluon import gl
 from ._launch import Launch, launch
 from ._packed import packed_args
-from ._stream_kernel import stream_kernel
+from ._stream_kernel import two_four_stream_kernel
 
-__all__ = ["StreamConfig", "pick_stream", "pruned_stream"]
+__all__ = ["StreamConfig", "adapted_stream", "pick_stream", "pruned_stream"]
+
+
+_ONES = 0x3C003C00  # twice one in float16
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """Shape of one launch: ROWS features a program, whose warps share a sum over K; registers of a thread."""
+    """Shape of one launch: ROWS features a program, whose warps share a sum over K; registers of a thread.
+
+    Of a bitmap the next block's values may be on their way while one is decoded, ``ahead``. ``overlap``, of a
+    bitmap too, starts the launch beside the one before it, which must be ``few_hidden`` of this x: h is what
+    is waited for.
+    """
 
     ROWS: int = 16
     num_warps: int = 4
     maxnreg: int | None = None
+    ahead: bool = False
+    overlap: bool = False
 
 
 @lru_cache(maxsize=4096)
 def pick_stream(M: int, N: int, K: int, two_four: bool, facts: DeviceFacts) -> StreamConfig:
-    """Return the tiles for M tokens: some 24 warps a multiprocessor, as many as fit at once."""
+    """Return the tiles for M tokens."""
+    return _pick_two_four(M, N, K, facts) if two_four else _pick_bitmap(M, N, K, facts)
+
+
+def _pick_two_four(M: int, N: int, K: int, facts: DeviceFacts) -> StreamConfig:
+    """Some 24 warps a multiprocessor, as many as fit at once."""
     wanted = 24 * facts.processors / triton.cdiv(N, 16)
     most = min(16 if M <= 16 else 8, triton.cdiv(K, 128))
     warps = 2
@@ -39,8 +56,26 @@ def pick_stream(M: int, N: int, K: int, two_four: bool, facts: DeviceFacts) -> S
         # every x that is loaded serves two blocks of features
         return StreamConfig(ROWS=32, num_warps=warps)
     # so many registers do not spill, and all warps are there at once
-    registers = 72 if M <= 8 else 80 if M <= 16 else None
-    return StreamConfig(num_warps=warps, maxnreg=registers if two_four else None)
+    return StreamConfig(num_warps=warps, maxnreg=72 if M <= 8 else 80 if M <= 16 else None)
+
+
+def _pick_bitmap(M: int, N: int, K: int, facts: DeviceFacts) -> StreamConfig:
+    """No program waits for another to end: up to 16 warps a multiprocessor in all, each with loads ahead."""
+    # with more than 32 tokens, 32 rows would spill
+    rows = 32 if 16 < M <= 32 else 16
+    programs = triton.cdiv(triton.cdiv(N, rows), facts.processors)
+    most = min(16 // programs, triton.cdiv(K, 128), 8)
+    warps = 2
+    while 2 * warps <= most:
+        warps *= 2
+    if M > 16:
+        return StreamConfig(ROWS=rows, num_warps=max(warps, 4) if rows == 32 else 4)
+    if M <= 8:
+        return StreamConfig(num_warps=warps, ahead=True)
+    # what all programs of a multiprocessor may have; with fewer than 144, two blocks beside x would spill
+    registers = 65536 // (32 * warps * programs) // 8 * 8
+    limit = 144 if 144 <= registers < 168 else None
+    return StreamConfig(num_warps=warps, ahead=registers >= 144, maxnreg=limit)
 
 
 @lru_cache(maxsize=64)
@@ -62,17 +97,24 @@ def _prepare(
     *packed, config = rest
     (M, K), N = x.shape, y.shape[1]
     R = 0 if h is None else h.shape[1]
-    pointers, across, constants = packed_args(tuple(packed), y.dtype, device_facts(y.device))
+    pointers, across, _ = packed_args(tuple(packed), y.dtype, device_facts(y.device))
     h_strides, b_strides = (0, 0) if h is None else h.stride(), (0, 0) if b is None else b.stride()
-    limit = {} if config.maxnreg is None else {"maxnreg": config.maxnreg}
-    return Launch.of(stream_kernel, (triton.cdiv(N, config.ROWS),))(
-        x, *pointers, h, b, bias, y, M, N, K, R, across,
-        *x.stride(), *h_strides, *b_strides, 0 if bias is None else bias.stride(0),
-        TWO_FOUR=constants["TWO_FOUR"], DTYPE=tl_type(y.dtype), HAS_UPDATE=R > 0, HAS_BIAS=bias is not None,
-        BLOCK_M=max(8, triton.next_power_of_2(M)), ROWS=config.ROWS,
-        LANES=_lanes(config.ROWS, config.num_warps), num_warps=config.num_warps,
-        enable_fp_fusion=True, **limit,
-    )  # fmt: skip
+    options = {} if config.maxnreg is None else {"maxnreg": config.maxnreg}
+    options |= {
+        "DTYPE": tl_type(y.dtype), "HAS_UPDATE": R > 0, "HAS_BIAS": bias is not None,
+        "BLOCK_M": max(8, triton.next_power_of_2(M)), "ROWS": config.ROWS,
+        "LANES": _lanes(config.ROWS, config.num_warps), "num_warps": config.num_warps,
+        "enable_fp_fusion": True,
+    }  # fmt: skip
+    strides = (*x.stride(), *h_strides, *b_strides, 0 if bias is None else bias.stride(0))
+    common, grid = (h, b, bias, y, M, N, K, R, across, *strides), (triton.cdiv(N, config.ROWS),)
+    if len(packed) == 2:
+        return Launch.of(two_four_stream_kernel, grid)(x, *pointers[:2], *common, **options)
+    if config.overlap:
+        options["launch_pdl"] = True
+    return Launch.of(bitmap_stream_kernel, grid)(
+        x, *pointers, *common, y.element_size(), _ONES, AHEAD=config.ahead, OVERLAP=config.overlap, **options
+    )
 
 
 def pruned_stream(
@@ -91,3 +133,15 @@ def pruned_stream(
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     launch(_prepare, (x, h, b, bias, y, *packed), config)
     return y
+
+
+def adapted_stream(
+    x: Tensor, packed: list[Tensor], N: int, a: Tensor, b: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return ``y = x wᵀ + h bᵀ + bias``, (M, N), and ``h = scale · x aᵀ``, (M, R), dtype of ``a``.
+
+    h is made while the weight already streams by: for what ``pruned_few.overlaps``.
+    """
+    h = few_hidden(x, a, scale)
+    config = pick_stream(x.shape[0], N, x.shape[1], False, device_facts(x.device))
+    return pruned_stream(x, packed, N, h, b, bias, config=replace(config, overlap=True)), h

@@ -104,9 +104,33 @@ def test_encoders_agree_and_decoders_are_exact(size, dtype):
     assert torch.equal(kernels.pruned_decode(packed, *size), w)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.9, 1.0])
+def test_encoders_take_any_share_of_zeros(share):
+    w = torch.randn(256, 192, device="cuda", dtype=torch.bfloat16)
+    w *= torch.rand(256, 192, device="cuda") >= share
+    packed = kernels.bitmap_encode(w)
+    for got, want in zip(packed, reference.bitmap_encode(w), strict=True):
+        assert torch.equal(got, want)
+    assert torch.equal(kernels.pruned_decode(packed, *w.shape), w)
+
+
 def test_a_strided_weight_is_encoded_as_it_reads():
     w = make_weight(300, 200, "unstructured", torch.bfloat16).T
     assert torch.equal(BitmapWeight.from_dense(w).to_dense(), w)
+
+
+def test_a_part_of_a_weight_is_encoded_as_it_reads():
+    # rows that start at odd addresses
+    w = make_weight(200, 301, "2:4", torch.bfloat16)[:, 4:298]
+    for structure in STRUCTURES:
+        assert torch.equal(BitmapWeight.from_dense(w, structure).to_dense(), w)
+
+
+def test_a_third_entry_of_four_is_refused():
+    w = make_weight(515, 1037, "2:4", torch.bfloat16)
+    w[514, 1032:1036] = torch.tensor([1, 1, 0, 1])
+    with pytest.raises(ValueError, match="in any 4 columns of a row, got 3"):
+        BitmapWeight.from_dense(w, "2:4")
 
 
 def test_infinities_are_kept():
@@ -132,6 +156,7 @@ def test_two_runs_and_a_graph_give_the_same_bits(M, structure):
 def test_many_tokens_give_the_dense_copy_back():
     w = BitmapWeight.from_dense(make_weight(4096, 4096, "unstructured", torch.bfloat16))
     x = torch.randn(256, 4096, device="cuda", dtype=torch.bfloat16)
+    pruned_linear(x, w)  # cuBLAS keeps what it works in
     before = torch.cuda.memory_allocated()
     y = pruned_linear(x, w)
     assert torch.cuda.memory_allocated() - before == y.nbytes
@@ -150,13 +175,13 @@ def test_it_compiles_into_one_graph():
 
 
 @pytest.mark.skipif(not torch.backends.cusparselt.is_available(), reason="PyTorch has no cuSPARSELt here")
-@pytest.mark.parametrize("M", [4096, 4099])
-def test_accelerated_it_is_as_accurate_and_keeps_its_gradients(M):
-    inputs = make_inputs(M, 512, 256, 16, torch.bfloat16, torch.bfloat16)
+@pytest.mark.parametrize(("M", "adapters"), [(4096, torch.bfloat16), (4099, torch.float32)])
+def test_accelerated_it_is_as_accurate_and_keeps_its_gradients(M, adapters):
+    inputs = make_inputs(M, 512, 256, 16, torch.bfloat16, adapters)
     dense = make_weight(512, 256, "2:4", torch.bfloat16)
     w = BitmapWeight.from_dense(dense, "2:4")
     plain = w.nbytes
-    assert w.accelerate() is w
+    assert w.accelerate(4096) is w
     assert plain < w.nbytes < 2.5 * plain
     assert BitmapWeight(w.tensors, tuple(w.shape), "2:4").accelerated is None
     x, *rest = inputs

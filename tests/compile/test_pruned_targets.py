@@ -7,7 +7,7 @@ from ahead_of_time import TARGETS, Recorder, compile_launch, resources
 pytest.importorskip("triton")
 
 from lowrank_ops import kernels  # noqa: E402
-from lowrank_ops.kernels import bitmap_codec, pruned_few, pruned_stream  # noqa: E402
+from lowrank_ops.kernels import _few_hidden, bitmap_codec, pruned_few, pruned_stream  # noqa: E402
 from lowrank_ops.kernels._config import DeviceFacts  # noqa: E402
 
 pytestmark = pytest.mark.skipif(kernels.INTERPRETED, reason="TRITON_INTERPRET is set: nothing is compiled")
@@ -15,11 +15,15 @@ pytestmark = pytest.mark.skipif(kernels.INTERPRETED, reason="TRITON_INTERPRET is
 JITS = [
     (pruned_few, "_pruned_vector_kernel"),
     (pruned_few, "_pruned_few_kernel"),
-    (pruned_stream, "stream_kernel"),
-    (bitmap_codec, "_decode_kernel"),
+    (pruned_stream, "two_four_stream_kernel"),
+    (pruned_stream, "bitmap_stream_kernel"),
+    (_few_hidden, "_few_hidden_kernel"),
+    (bitmap_codec, "_two_four_decode_kernel"),
     (bitmap_codec, "_two_four_kernel"),
     (bitmap_codec, "_bitmap_mask_kernel"),
     (bitmap_codec, "_bitmap_pack_kernel"),
+    (bitmap_codec, "_bitmap_pack_shared_kernel"),
+    (bitmap_codec, "_bitmap_decode_kernel"),
 ]
 PROCESSORS = {"sm80": 108, "sm90": 132, "sm100": 148, "gfx942": 304}
 SHARED_MEMORY = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "gfx942": 65536}  # bytes a program may have
@@ -65,14 +69,22 @@ def test_every_launch_compiles_fits_and_spills_nothing(monkeypatch, target, stru
     w, x, h, b = (empty(*size, dtype=dtype) for size in ((N, K), (M, K), (M, R), (N, R)))
     parts = packed(N, K, structure, dtype)
     pruned_few.pruned_few(x, parts, N, h, b, b[:, 0])
+    if structure == "unstructured" and target in ("sm80", "sm90") and dtype is torch.bfloat16:
+        pruned_stream.pruned_stream(x, parts, N, None, None, None)
+        if target == "sm90" and M <= 16:
+            pruned_stream.adapted_stream(x, parts, N, empty(R, K, dtype=dtype), b, None, 1.0)
+            many = empty(16, K, dtype=dtype), parts, N, empty(16, R, dtype=dtype), b, None
+            pruned_stream.pruned_stream(*many)
+            pruned_stream.pruned_stream(many[0], packed(4096, K, structure, dtype), 4096, *many[3:])
     if target in ("sm90", "gfx942") and M > 1:
-        bitmap_codec.launch(bitmap_codec._prepare_decode, (w, *parts))
+        bitmap_codec.pruned_decode(parts, N, K)
     if target == "sm90" and structure == "2:4":
-        bitmap_codec.launch(bitmap_codec._prepare_two_four, (w, *parts))
-    if target == "sm90" and M == 64:
+        bitmap_codec.two_four_encode(w, torch.empty((), dtype=torch.int64, device="meta"))
+    if target in ("sm90", "gfx942") and M == 64:
         values, mask, offset, start = parts
-        bitmap_codec.launch(bitmap_codec._prepare_mask, (w, mask, offset, start))
-        bitmap_codec.launch(bitmap_codec._prepare_pack, (w, offset, start, values))
+        if target == "sm90":
+            bitmap_codec.launch(bitmap_codec._prepare_mask, (w, mask, offset, start))
+        bitmap_codec.launch(bitmap_codec._prepare_pack, (w, mask, offset, start, values))
     bad = {}
     for recorder in recorders:
         for args, kwargs in recorder.launches:
