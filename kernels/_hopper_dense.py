@@ -204,12 +204,12 @@ def _copy_role(
 ):  # fmt: skip
     if SIDES > 0:
         _side_forward_producer(
-            x, encoder, encoder, encoder, l_bufs, r_bufs, empty, full, M, K,
+            x, encoder, encoder, encoder, l_bufs, r_bufs, empty, full, 0, M, K,
             SIDES, 1, 1, SIDE_ROWS, SIDE_COLS, STAGES,
         )  # fmt: skip
     _forward_producer(
         x, w, w, w, factor, factor, factor, hid, l_bufs, r_bufs, empty, full, flags_ptr,
-        M, N, 0, 0, K, R, SIDES, 1, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K, SIDE_ROWS, STAGES,
+        0, M, N, 0, 0, K, R, SIDES, 1, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K, SIDE_ROWS, STAGES,
     )  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def _gemm_end(tiles, SIDES: gl.constexpr):
 
 @gluon.jit
 def _side_end(M, SIDES: gl.constexpr, SIDE_ROWS: gl.constexpr):
-    """Where a program's loop over blocks of rows ends: only sides have some."""
+    """Where a program's loop over blocks of rows ends, which starts at its number: only sides have some."""
     return gl.where(gl.program_id(0) < SIDES, gl.cdiv(M, SIDE_ROWS), 0)
 
 
@@ -115,7 +115,7 @@ def _free_stage(step, empty, STAGES: gl.constexpr):
 @gluon.jit
 def _forward_producer(
     x0, w0, w1, w2, b0, b1, b2, hid, l_bufs, r_bufs, empty, full, flags_ptr,
-    M, N0, N1, N2, K, R, SIDES: gl.constexpr, P: gl.constexpr, GROUP_M: gl.constexpr,
+    made, M, N0, N1, N2, K, R, SIDES: gl.constexpr, P: gl.constexpr, GROUP_M: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     SIDE_ROWS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -137,7 +137,8 @@ def _forward_producer(
             _load_of(w0, w1, w2, which, col, k, bar, r_bufs.index(stage), P)
             step += 1
         if SIDES > 0:
-            _wait_for_rows(flags_ptr + row // SIDE_ROWS)
+            if row >= made * SIDE_ROWS:
+                _wait_for_rows(flags_ptr + row // SIDE_ROWS)
         for r in range(0, R, RANK):
             _free_stage(step, empty, STAGES)
             stage = step % STAGES
@@ -226,13 +227,13 @@ def _side_load(big, row, k, buf, bar, SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.con
 
 @gluon.jit
 def _side_forward_producer(
-    x, a0, a1, a2, l_bufs, r_bufs, empty, full, M, K,
+    x, a0, a1, a2, l_bufs, r_bufs, empty, full, made, M, K,
     SIDES: gl.constexpr, P: gl.constexpr, SLOTS: gl.constexpr,
     SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     SMALL: gl.constexpr = [SLOTS, a0.block_type.shape[0], a0.block_type.shape[1]]
     step = 0
-    for block in range(gl.program_id(0), _side_end(M, SIDES, SIDE_ROWS), SIDES):
+    for block in range(gl.program_id(0) + made, _side_end(M, SIDES, SIDE_ROWS), SIDES):
         for k in range(0, K, SIDE_COLS):
             _free_stage(step, empty, STAGES)
             stage = step % STAGES

@@ -108,7 +108,7 @@ def _gemm_consumer(
 @gluon.jit
 def _copy_role(
     big0, big1, big2, w0, w1, w2, s0, s1, s2, rank0, rank1, rank2, hid, kept,
-    l_bufs, r_bufs, y_buf, empty, full, flags_ptr, M, N0, N1, N2, K, R,
+    l_bufs, r_bufs, y_buf, empty, full, flags_ptr, made, M, N0, N1, N2, K, R,
     FORWARD: gl.constexpr, DB: gl.constexpr, SIDES: gl.constexpr, P: gl.constexpr, SLOTS: gl.constexpr,
     GROUP_M: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
@@ -116,12 +116,12 @@ def _copy_role(
     if FORWARD:
         if SIDES > 0:
             _side_forward_producer(
-                big0, s0, s1, s2, l_bufs, r_bufs, empty, full, M, K,
+                big0, s0, s1, s2, l_bufs, r_bufs, empty, full, made, M, K,
                 SIDES, P, SLOTS, SIDE_ROWS, SIDE_COLS, STAGES,
             )  # fmt: skip
         _forward_producer(
             big0, w0, w1, w2, rank0, rank1, rank2, hid, l_bufs, r_bufs, empty, full, flags_ptr,
-            M, N0, N1, N2, K, R, SIDES, P, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K, SIDE_ROWS, STAGES,
+            made, M, N0, N1, N2, K, R, SIDES, P, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K, SIDE_ROWS, STAGES,
         )  # fmt: skip
     else:
         if SIDES > 0:
@@ -138,18 +138,20 @@ def _copy_role(
 @gluon.jit
 def _compute_role(
     big0, s0, rank0, out0, out1, out2, hid, kept, l_bufs, r_bufs, y_buf, empty, full,
-    bias0, bias1, bias2, hidden_ptr, flags_ptr, words_ptr, parts_ptr, entries_ptr, starts_ptr, entries, pitch,
-    M, N0, N1, N2, K, R, scale0, scale1, scale2,
-    FORWARD: gl.constexpr, BIAS: gl.constexpr, DROP: gl.constexpr, DB: gl.constexpr, ENTRIES: gl.constexpr,
-    SIDES: gl.constexpr, P: gl.constexpr, SLOTS: gl.constexpr, GROUP_M: gl.constexpr,
+    bias0, bias1, bias2, hidden_ptr, flags_ptr, words_ptr, seed_ptr, parts_ptr, entries_ptr, starts_ptr,
+    entries, threshold, made, pitch, M, N0, N1, N2, K, R, scale0, scale1, scale2,
+    FORWARD: gl.constexpr, BIAS: gl.constexpr, DROP: gl.constexpr, FEW: gl.constexpr,
+    DB: gl.constexpr, ENTRIES: gl.constexpr, SIDES: gl.constexpr,
+    P: gl.constexpr, SLOTS: gl.constexpr, GROUP_M: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_R: gl.constexpr,
     SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     if SIDES > 0:
         if FORWARD:
             _side_forward(
-                big0, s0, l_bufs, r_bufs, empty, full, hidden_ptr, flags_ptr, words_ptr, pitch, M, K, R,
-                scale0, scale1, scale2, DROP, SIDES, P, SLOTS, BLOCK_R, SIDE_ROWS, SIDE_COLS, STAGES,
+                big0, s0, l_bufs, r_bufs, empty, full, hidden_ptr, flags_ptr, words_ptr, seed_ptr,
+                threshold, made, pitch, M, K, R, scale0, scale1, scale2, DROP, FEW,
+                SIDES, P, SLOTS, BLOCK_R, SIDE_ROWS, SIDE_COLS, STAGES,
             )  # fmt: skip
         else:
             _side_backward(
@@ -164,13 +166,15 @@ def _compute_role(
     )  # fmt: skip
 
 
-@gluon.jit
+# one kernel for all numbers of blocks that exist already
+@gluon.jit(do_not_specialize=["made", "threshold"])
 def hopper_kernel(
     big0, big1, big2, w0, w1, w2, s0, s1, s2, rank0, rank1, rank2, out0, out1, out2, hid, kept,
-    bias0, bias1, bias2, hidden_ptr, flags_ptr, words_ptr, parts_ptr, entries_ptr, starts_ptr, entries, pitch,
-    M, N0, N1, N2, K, R, scale0, scale1, scale2,
-    FORWARD: gl.constexpr, BIAS: gl.constexpr, DROP: gl.constexpr, DB: gl.constexpr, ENTRIES: gl.constexpr,
-    SIDES: gl.constexpr, P: gl.constexpr, SLOTS: gl.constexpr, GROUP_M: gl.constexpr,
+    bias0, bias1, bias2, hidden_ptr, flags_ptr, words_ptr, seed_ptr, parts_ptr, entries_ptr, starts_ptr,
+    entries, threshold, made, pitch, M, N0, N1, N2, K, R, scale0, scale1, scale2,
+    FORWARD: gl.constexpr, BIAS: gl.constexpr, DROP: gl.constexpr, FEW: gl.constexpr,
+    DB: gl.constexpr, ENTRIES: gl.constexpr, SIDES: gl.constexpr,
+    P: gl.constexpr, SLOTS: gl.constexpr, GROUP_M: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_R: gl.constexpr,
     SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -181,17 +185,18 @@ def hopper_kernel(
     s0 has, packed. With SIDES = 0, h is given.
 
     Tensors   descriptors: big (M, K) or (M, N_i), w (N_i, K), s and rank the small factors (a and b, or b and
-              a), out, hid = h and kept (M, P·R); words (M, pitch) int32, the mask's bits; flags, a zero for
-              every SIDE_ROWS rows; parts (SIDES, sum of N_i, R) float32 zeros, or with ENTRIES (SIDES,
-              entries); entries_ptr (N0,) int32, one bit a rank, and starts_ptr (N0,) int32, where the
-              entries of a row begin.
+              a), out, hid = h and kept (M, P·R); words (M, pitch) int32, the mask's bits, forward drawn from
+              seed (1,) int64 and written; flags, a zero for every SIDE_ROWS rows, of which the first ``made``
+              are not looked at: their h and words are given; parts (SIDES, sum of N_i, R) float32 zeros, or
+              with ENTRIES (SIDES, entries); entries_ptr (N0,) int32, one bit a rank, and starts_ptr (N0,)
+              int32, where the entries of a row begin.
     Program   the first SIDES: blocks of SIDE_ROWS rows of h; the others: tiles of out, GROUP_M rows of tiles
               at a time. One warp copies, eight compute.
     Numerics  16-bit products summed in float32; h rounded once; a dropped element of out is rounded before
               the update; every sum has a fixed order.
     Traffic   h's operand once more from L2 or memory, beside what the GEMM reads.
     Requires  rows on multiples of 16 bytes; R ≤ 128, ≤ 16 with DB, ≤ 32 with ENTRIES, which needs DB and
-              P = 1; SLOTS·BLOCK_R ≤ 128, 64 with a mask.
+              P = 1; SLOTS·BLOCK_R ≤ 128; FEW only with a threshold of at most 0x7C00.
     """
     flags_ptr = flags_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
     l_bufs = gl.allocate_shared_memory(big0.dtype, [STAGES] + big0.block_type.shape, big0.layout)
@@ -207,14 +212,14 @@ def hopper_kernel(
         [
             (_compute_role, (
                 big0, s0, rank0, out0, out1, out2, hid, kept, l_bufs, r_bufs, y_buf, empty, full,
-                bias0, bias1, bias2, hidden_ptr, flags_ptr, words_ptr, parts_ptr,
-                entries_ptr, starts_ptr, entries, pitch, M, N0, N1, N2, K, R,
-                scale0, scale1, scale2, FORWARD, BIAS, DROP, DB, ENTRIES, SIDES, P, SLOTS, GROUP_M,
+                bias0, bias1, bias2, hidden_ptr, flags_ptr, words_ptr, seed_ptr, parts_ptr,
+                entries_ptr, starts_ptr, entries, threshold, made, pitch, M, N0, N1, N2, K, R,
+                scale0, scale1, scale2, FORWARD, BIAS, DROP, FEW, DB, ENTRIES, SIDES, P, SLOTS, GROUP_M,
                 BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, SIDE_ROWS, SIDE_COLS, STAGES,
             )),
             (_copy_role, (
                 big0, big1, big2, w0, w1, w2, s0, s1, s2, rank0, rank1, rank2, hid, kept,
-                l_bufs, r_bufs, y_buf, empty, full, flags_ptr, M, N0, N1, N2, K, R, FORWARD, DB,
+                l_bufs, r_bufs, y_buf, empty, full, flags_ptr, made, M, N0, N1, N2, K, R, FORWARD, DB,
                 SIDES, P, SLOTS, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K, SIDE_ROWS, SIDE_COLS, STAGES,
             )),
         ],

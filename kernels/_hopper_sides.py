@@ -9,6 +9,7 @@ from ._gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from ._hopper_draw import draw_pairs
 from ._hopper_gemm import _proxy_fence, _side_end
 from ._hopper_masks import load_words, pair_masks, unpack
 
@@ -89,10 +90,41 @@ def _masked_side_sum(
 
 
 @gluon.jit
+def _drawn_side_sum(
+    acc, x, a, row, steps, step, l_bufs, r_bufs, empty, full, words_ptr, pitch, seed, threshold, M,
+    FEW: gl.constexpr, SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """As _masked_side_sum, with a mask that is drawn here, and stored."""
+    WORDS: gl.constexpr = SIDE_COLS // 32
+    PAIRS: gl.constexpr = SIDE_COLS // 2
+    layout: gl.constexpr = acc.type.layout
+    parent: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, acc.shape[1], 8])
+    pairs_layout: gl.constexpr = gl.DotOperandLayout(0, parent, 1)
+    in_pairs: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
+    masks = draw_pairs(SIDE_ROWS, PAIRS, pairs_layout, FEW, seed, threshold, row, 0, M, words_ptr, pitch)
+    for k in range(steps):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        tile = reinterpret(r_bufs.index(stage), gl.int32, [SIDE_ROWS, PAIRS], in_pairs)
+        right = reinterpret(l_bufs.index(stage), a.dtype, [acc.shape[1], SIDE_COLS], a.layout)
+        left = unpack(tile.load(pairs_layout) & masks, x.dtype, gl.DotOperandLayout(0, layout, 2))
+        acc = warpgroup_mma(left, right.permute((1, 0)), acc, use_acc=k > 0, is_async=True)
+        # while the tensor cores are at it; after the last step bits beside the row, which are not stored
+        word = (k + 1) * WORDS
+        masks = draw_pairs(
+            SIDE_ROWS, PAIRS, pairs_layout, FEW, seed, threshold, row, word, M, words_ptr, pitch
+        )
+        acc = warpgroup_mma_wait(0, (acc,))
+        mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
+    return acc, step
+
+
+@gluon.jit
 def _side_forward(
-    x, a, l_bufs, r_bufs, empty, full, hidden_ptr, flags_ptr, words_ptr, pitch, M, K, R,
-    scale0, scale1, scale2, DROP: gl.constexpr,
-    SIDES: gl.constexpr, P: gl.constexpr, SLOTS: gl.constexpr, BLOCK_R: gl.constexpr,
+    x, a, l_bufs, r_bufs, empty, full, hidden_ptr, flags_ptr, words_ptr, seed_ptr, threshold, made, pitch,
+    M, K, R, scale0, scale1, scale2, DROP: gl.constexpr, FEW: gl.constexpr, SIDES: gl.constexpr,
+    P: gl.constexpr, SLOTS: gl.constexpr, BLOCK_R: gl.constexpr,
     SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """h = scale·drop(x) aᵀ of all projections, a block of rows at a time."""
@@ -100,13 +132,15 @@ def _side_forward(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, WIDE, 16])
     steps = gl.cdiv(K, SIDE_COLS)
     step = 0
-    for block in range(gl.program_id(0), _side_end(M, SIDES, SIDE_ROWS), SIDES):
+    if DROP:
+        seed = gl.load(seed_ptr)
+    for block in range(gl.program_id(0) + made, _side_end(M, SIDES, SIDE_ROWS), SIDES):
         row = block * SIDE_ROWS
         acc = gl.zeros((SIDE_ROWS, WIDE), gl.float32, layout)
         if DROP:
-            acc, step = _masked_side_sum(
-                acc, x, a, row, steps, step, l_bufs, r_bufs, empty, full, words_ptr, pitch, M,
-                SIDE_ROWS, SIDE_COLS, STAGES,
+            acc, step = _drawn_side_sum(
+                acc, x, a, row, steps, step, l_bufs, r_bufs, empty, full, words_ptr, pitch,
+                seed, threshold, M, FEW, SIDE_ROWS, SIDE_COLS, STAGES,
             )  # fmt: skip
         else:
             acc, step = _side_sum(

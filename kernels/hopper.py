@@ -16,15 +16,27 @@ from ._gluon import TensorDescriptor, gl
 from ._hopper_roles import hopper_kernel
 from ._launch import Launch, Part, launch
 
-__all__ = ["HopperConfig", "hopper_backward_input", "hopper_forward", "hopper_matmul", "hopper_outputs"]
+__all__ = [
+    "HopperConfig",
+    "hopper_backward_input",
+    "hopper_forward",
+    "hopper_input",
+    "hopper_matmul",
+    "hopper_outputs",
+]
 
 MOST_PROJECTIONS = 3
+# up to this threshold of dropout, which is infinity as a float16, masks are drawn in fewer operations
+FEW = 0x7C00
 _GL_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class HopperConfig:
-    """Sizes of one launch. SIDES programs make the hidden factor; 0 says that it exists already."""
+    """Sizes of one launch. SIDES programs make the hidden factor; 0 says that it exists already.
+
+    FIRST: how many blocks of SIDE_ROWS rows, from the first on, have theirs from another launch.
+    """
 
     SIDES: int = 4
     BLOCK_M: int = 128
@@ -33,6 +45,7 @@ class HopperConfig:
     GROUP_M: int = 8
     SIDE_ROWS: int = 256
     STAGES: int = 3
+    FIRST: int = 0
 
     def __post_init__(self) -> None:
         # a config is part of the key of every launch
@@ -85,10 +98,10 @@ def _programs(M: int, outs: Sequence[Tensor], c: HopperConfig) -> int:
 
 def _prepare(*everything: object) -> Launch | None:
     """Lay out a launch; ``everything``: what ``_launch_pass`` gives to ``launch``, in that order."""
-    *tensors, lengths, forward, scales, entries, c = everything
+    *tensors, lengths, forward, scales, entries, threshold, c = everything
     tensors = iter(tensors)
     bigs, ws, smalls, ranks, biases = ([next(tensors) for _ in range(n)] for n in lengths)
-    mask, kept, places, starts, hidden, zeros, parts, *outs = tensors
+    mask, kept, places, starts, seed, hidden, zeros, parts, *outs = tensors
     operands = [hidden, *bigs, *ws, *smalls, *ranks, *outs, *([] if kept is None else [kept])]
     if not _serves(operands, hidden.dtype) or any(bias.stride(0) != 1 for bias in biases):
         return None
@@ -109,11 +122,12 @@ def _prepare(*everything: object) -> Launch | None:
         _box(hidden, [c.BLOCK_M, RANK]),
         _box(hidden if kept is None else kept, [c.SIDE_ROWS // 2, RANK]),
         *_padded(biases),
-        hidden, flags, mask, flags if parts is None else parts,
-        places, starts, entries, 0 if mask is None else mask.shape[1],
+        hidden, flags, mask, seed, flags if parts is None else parts,
+        places, starts, entries, threshold, c.FIRST, 0 if mask is None else mask.shape[1],
         M, *_padded([w.shape[0] for w in ws], 0), K, R, *_padded(scales, 0.0),
-        FORWARD=forward, BIAS=len(biases) > 0, DROP=mask is not None, DB=kept is not None,
-        ENTRIES=places is not None, SIDES=c.SIDES, P=P, SLOTS=triton.next_power_of_2(P), GROUP_M=c.GROUP_M,
+        FORWARD=forward, BIAS=len(biases) > 0, DROP=mask is not None, FEW=threshold <= FEW,
+        DB=kept is not None, ENTRIES=places is not None,
+        SIDES=c.SIDES, P=P, SLOTS=triton.next_power_of_2(P), GROUP_M=c.GROUP_M,
         BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, BLOCK_R=BLOCK_R,
         SIDE_ROWS=c.SIDE_ROWS, SIDE_COLS=SIDE_COLS, STAGES=c.STAGES,
         num_warps=8, maxnreg=168, enable_fp_fusion=True,
@@ -130,6 +144,8 @@ def _launch_pass(
     scales: tuple[float, ...],
     config: HopperConfig,
     entries: tuple[Tensor | None, Tensor | None, int] = (None, None, 0),
+    seed: Tensor | None = None,
+    threshold: int = 0,
 ) -> bool:
     """Launch and return True, or False if the kernels do not take the tensors as they are.
 
@@ -138,10 +154,21 @@ def _launch_pass(
     zeros, parts of db, outputs; fresh those that are allocated here. ``entries``: as for
     :func:`hopper_backward_input`.
     """
-    bigs, ws, smalls, ranks, biases = lists
-    lengths = (len(bigs), len(ws), len(smalls), len(ranks), len(biases))
-    tensors = (*bigs, *ws, *smalls, *ranks, *biases, mask, kept, *entries[:2], *given)
-    return launch(_prepare, tensors, lengths, forward, scales, entries[2], config, fresh=fresh)
+    tensors, lengths = _arranged(lists, mask, kept, given, entries, seed)
+    return launch(_prepare, tensors, lengths, forward, scales, entries[2], threshold, config, fresh=fresh)
+
+
+def _arranged(
+    lists: tuple[Sequence, ...],
+    mask: object,
+    kept: object,
+    given: tuple = (),
+    entries: tuple = (None, None, 0),
+    seed: object = None,
+) -> tuple[tuple, tuple[int, ...]]:
+    """Return what a launch is given before what is fresh, in its order, and the lengths of the lists."""
+    tensors = (*[t for own in lists for t in own], mask, kept, *entries[:2], seed, *given)
+    return tensors, tuple([len(own) for own in lists])
 
 
 def _zeros(like: Tensor, count: int) -> Tensor:
@@ -159,20 +186,26 @@ def hopper_forward(
     b_list: Sequence[Tensor],
     biases: Sequence[Tensor],
     scales: tuple[float, ...],
-    mask: Tensor | None,
+    mask: Tensor | None = None,
+    seed: Tensor | None = None,
+    threshold: int = 0,
+    hidden: Tensor | None = None,
     *,
     config: HopperConfig,
 ) -> tuple[list[Tensor], Tensor] | None:
     """Return all ``y = x wᵀ + h bᵀ + bias``, and ``h = scale·(mask ∘ x) aᵀ`` side by side, (M, P·R).
 
-    ``biases``: one a projection, or none. ``mask``: bits of ``dropout_mask``; its factor belongs into scales.
+    ``biases``: one a projection, or none. With ``seed`` the bits of ``dropout_mask`` are drawn and written to
+    ``mask``; its factor belongs into scales. It and ``hidden`` are the caller's, just allocated, and the
+    first ``config.FIRST`` blocks of their rows are filled already.
     """
     M = x.shape[0]
     ys = [x.new_empty(M, w.shape[0]) for w in ws]
-    hidden = x.new_empty(M, len(ws) * b_list[0].shape[1])
+    if hidden is None:
+        hidden = x.new_empty(M, len(ws) * b_list[0].shape[1])
     zeros = _zeros(x, _flags(M, config))
     lists, fresh = ((x,), ws, a_list, b_list, biases), (hidden, zeros, None, *ys)
-    done = _launch_pass(True, lists, mask, None, (), fresh, scales, config)
+    done = _launch_pass(True, lists, mask, None, (), fresh, scales, config, seed=seed, threshold=threshold)
     return (ys, hidden) if done else None
 
 
@@ -191,6 +224,21 @@ def hopper_outputs(
     return ys if _launch_pass(True, lists, None, None, (h,), (None, None, *ys), (), config) else None
 
 
+def hopper_input(
+    dys: Sequence[Tensor],
+    ws: Sequence[Tensor],
+    dh: Tensor,
+    a_list: Sequence[Tensor],
+    mask: Tensor | None,
+    *,
+    config: HopperConfig,
+) -> Tensor | None:
+    """Return ``dx = Σ (dy w + mask ∘ (dh a))``; dh (M, P·R) is given, as for :func:`hopper_outputs`."""
+    dx = dys[0].new_empty(dys[0].shape[0], ws[0].shape[1])
+    lists = (dys, ws, (), a_list, ())
+    return dx if _launch_pass(False, lists, mask, None, (dh,), (None, None, dx), (), config) else None
+
+
 def hopper_backward_input(
     dys: Sequence[Tensor],
     ws: Sequence[Tensor],
@@ -202,16 +250,18 @@ def hopper_backward_input(
     counters: int = 0,
     entries: tuple[Tensor, Tensor, int] | None = None,
     *,
+    width: int | None = None,
     config: HopperConfig,
 ) -> tuple[Tensor, Tensor, Part | None, Part] | None:
     """Return ``dx = Σ (dy w + mask ∘ (dh a))``, (M, K), and ``dh = scale·dy b`` side by side, (M, P·R).
 
     With ``h`` of the forward pass, (M, P·R), R ≤ 16, a third result has the parts of ``db = dyᵀ h``, float32
     (SIDES, sum of N, R), of which db is the sum; with ``entries``, P = 1 and R ≤ 32, of those entries alone,
-    (SIDES, nnz): words (N, 1) and offsets, both int32, and nnz of the mask that has them. ``mask`` as in
-    :func:`hopper_forward`. A fourth result is at least that many ``counters``, int32 zeros.
+    (SIDES, nnz): words (N, 1) and offsets, both int32, and nnz of the mask that has them. ``mask``: bits of
+    ``dropout_mask``; its factor belongs into scales. A fourth result is at least that many ``counters``,
+    int32 zeros. With ``width``, P = 1, dh and the parts have so many ranks, zeros beside those of b.
     """
-    M, P, R = dys[0].shape[0], len(ws), b_list[0].shape[1]
+    M, P, R = dys[0].shape[0], len(ws), width or b_list[0].shape[1]
     dx = dys[0].new_empty(M, ws[0].shape[1])
     hidden = dx.new_empty(M, P * R)
     # flags and counters, to a multiple of 16 bytes; then the parts of db

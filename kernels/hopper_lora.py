@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-import torch.nn.functional as F
+import torch
 import triton
 from torch import Tensor
 
+from ._cast import cast_pair
 from ._config import DeviceFacts, block_rank, device_facts, measured_rows
 from ._launch import Part
+from ._ragged import filled_columns, wide_columns, wide_rank
 from ._sum_parts import sum_parts
 from .dropout_mask import dropout_mask
 from .hopper import (
@@ -27,16 +29,19 @@ from .lora_forward import drop_threshold
 __all__ = ["backward_config", "forward_config", "lora_backward", "lora_forward", "update_matmul"]
 
 # microseconds, measured on one H100: a step of a tile's sum, what a tile costs beside its steps, and 32 KiB
-# through a side program: plain, of 128 ranks, with a mask, and with a mask and more than 32 ranks
+# through a side program: plain, and of 128 ranks
 _STEP, _TILE = 0.69, 1.5
-_SIDE, _SIDE_WIDE, _SIDE_MASKED, _SIDE_MASKED_WIDE = 0.62, 0.86, 0.78, 0.95
-# a skinny pass of its own: what it costs beside its bytes, with a mask too, and bytes a microsecond
-_PASS, _PASS_MASKED, _BYTES = 5.0, 15.0, 2.6e6
+_SIDE, _SIDE_WIDE = 0.62, 0.86
+# the same with a mask that it draws, by ranks and for more projections than one, and a part of the GEMM's
+# time: both with some room, for a late side program costs more than one that was done early
+_DRAWN_SIDE, _DRAWN_SIDE_MANY, _IN_TIME = {16: 1.25, 32: 1.35, 64: 1.5, 128: 2.8}, 1.85, 0.95
+# what two launches of side programs and their first rows must save
+_WORTH = 5.0
+# a skinny pass of its own: what it costs beside its bytes, and bytes a microsecond, without and with a mask
+_PASS, _BYTES, _PASS_DRAWN, _BYTES_DRAWN = 5.0, 2.6e6, 6.0, 2.6e6
 # the part of the multiprocessors that must have a tile, over all waves
 _FILLED = 0.7
 _SIDES = 4
-# with dropout, from so many rows or ranks on, h and the mask have a launch of their own
-_MANY_ROWS, _MANY_RANKS = 4096, 32
 
 
 def table_key(op: str, M: int, N: int, K: int) -> str:
@@ -56,7 +61,7 @@ def _as_measured(
 
 
 def _pick(
-    tiles: int, steps: int, M: int, side_steps: int, side_step: float, dropout: bool, facts: DeviceFacts
+    tiles: int, steps: int, M: int, side_steps: int, side_step: float, facts: DeviceFacts
 ) -> HopperConfig | None:
     """Return the sizes of a launch: with side programs if they are done in time, else without.
 
@@ -65,8 +70,7 @@ def _pick(
     if not tiles or tiles < _FILLED * triton.cdiv(tiles, facts.processors) * facts.processors:
         return None
     tile = steps * _STEP + _TILE
-    apart = _PASS_MASKED if dropout else _PASS
-    without = triton.cdiv(tiles, facts.processors) * tile + apart + M * side_steps * 128 / _BYTES
+    without = triton.cdiv(tiles, facts.processors) * tile + _PASS + M * side_steps * 128 / _BYTES
     block, blocks = side_steps * side_step, triton.cdiv(M, 256)
     # the first wave of tiles needs the first eight rows of tiles, four blocks
     late = max(0.0, block - tile)
@@ -76,11 +80,36 @@ def _pick(
     return HopperConfig(SIDES=_SIDES if beside <= 1.02 * without else 0)
 
 
-def _side_step(R: int, P: int, dropout: bool) -> float:
-    wide = block_rank(R, 128) * triton.next_power_of_2(P)
-    if dropout:
-        return _SIDE_MASKED if wide <= 32 else _SIDE_MASKED_WIDE
-    return _SIDE if wide <= 64 else _SIDE_WIDE
+def _side_step(R: int, P: int) -> float:
+    return _SIDE if block_rank(R, 128) * triton.next_power_of_2(P) <= 64 else _SIDE_WIDE
+
+
+def _drawn(
+    config: HopperConfig, M: int, columns: int, K: int, steps: int, side_step: float, facts: DeviceFacts
+) -> HopperConfig:
+    """Return ``config`` for a launch with dropout, of so many ``columns`` of tiles.
+
+    Side programs draw the mask more slowly than tiles use it up. So the first blocks of rows have a launch
+    of their own, as many as keeps the last block from being late; or all of them; or none.
+    """
+    tile, tiles, count = steps * _STEP + _TILE, triton.cdiv(M, 128) * columns, triton.cdiv(M, 256)
+    block, most, group = max(1, triton.cdiv(K, 64)) * side_step, facts.processors - _SIDES, config.GROUP_M
+    # when the first tile that needs a block ends, if none waits
+    some = [*range(0, count, triton.cdiv(count, 256)), count - 1]
+    waves = {b: (2 * b // group * group * columns + 2 * b % group) // most + 1 for b in some}
+    due = {b: _IN_TIME * tile * waves[b] for b in some}
+
+    def cost(first: int) -> float:
+        apart = _PASS_DRAWN + first * 512 * K / _BYTES_DRAWN if first else 0.0
+        done = [((b - first) // _SIDES + 1) * block - due[b] for b in some if b >= first]
+        return apart + max([0.0, *done])
+
+    need = max([0, *(b + 1 - _SIDES * int(due[b] / block) for b in some)])
+    first = min({0, need} - {count}, key=cost)
+    alone = triton.cdiv(tiles, facts.processors) * tile + cost(count)
+    if alone < triton.cdiv(tiles, most) * tile + cost(first) + _WORTH:
+        return replace(config, SIDES=0)
+    return replace(config, SIDES=_SIDES, FIRST=first)
 
 
 @lru_cache(maxsize=4096)
@@ -93,11 +122,13 @@ def forward_config(
         return None
     tiles = triton.cdiv(M, 128) * sum(triton.cdiv(N, 256) for N in Ns)
     steps = triton.cdiv(K, 64) + triton.cdiv(R, 64)
-    picked = _pick(tiles, steps, M, triton.cdiv(K, 64), _side_step(R, len(Ns), dropout), dropout, facts)
-    if dropout and picked is not None and (M >= _MANY_ROWS or wide > _MANY_RANKS):
-        picked = replace(picked, SIDES=0)
+    picked = _pick(tiles, steps, M, triton.cdiv(K, 64), _side_step(R, len(Ns)), facts)
     like_measured = len(Ns) == 1 and R <= 16 and not dropout
-    return _as_measured(picked, "hopper_forward", M, sum(Ns), K, like_measured, facts)
+    picked = _as_measured(picked, "hopper_forward", M, sum(Ns), K, like_measured, facts)
+    if not dropout or picked is None:
+        return picked
+    side_step = _DRAWN_SIDE[wide] if len(Ns) == 1 else max(_DRAWN_SIDE_MANY, _DRAWN_SIDE[wide])
+    return _drawn(picked, M, sum(triton.cdiv(N, 256) for N in Ns), K, steps, side_step, facts)
 
 
 @lru_cache(maxsize=4096)
@@ -108,7 +139,7 @@ def backward_config(M: int, Ns: tuple[int, ...], K: int, R: int, facts: DeviceFa
     tiles = triton.cdiv(M, 128) * triton.cdiv(K, 256)
     depth = sum(triton.cdiv(N, 64) for N in Ns)
     steps = depth + len(Ns) * triton.cdiv(R, 64)
-    picked = _pick(tiles, steps, M, depth, _side_step(R, 1, False), False, facts)
+    picked = _pick(tiles, steps, M, depth, _side_step(R, 1), facts)
     like_measured = len(Ns) == 1 and R <= 16
     return _as_measured(picked, "hopper_backward_input", M, sum(Ns), K, like_measured, facts)
 
@@ -126,7 +157,7 @@ def _one_rank(a_list: Sequence[Tensor]) -> bool:
 
 def _padded(t: Tensor) -> Tensor:
     """Return ``t`` with rows that start on 16 bytes: zeros beside them if need be."""
-    return t if t.stride(0) % 8 == 0 and t.stride(1) == 1 else F.pad(t, (0, -t.shape[1] % 8))
+    return t if t.stride(0) % 8 == 0 and t.stride(1) == 1 else filled_columns(t.contiguous())
 
 
 def _scaled(scales: Sequence[float], seed: Tensor | None, dropout_p: float) -> tuple[float, ...]:
@@ -150,24 +181,26 @@ def lora_forward(
     """As ``kernels.lora_group_forward``, or None where other kernels should serve; a mask is kept as bits."""
     (M, K), R = x.shape, a_list[0].shape[0]
     Ns = tuple([w.shape[0] for w in ws])
-    config = forward_config(M, Ns, K, R, seed is not None, device_facts(x.device))
+    config = None
+    if a_list[0].dtype == x.dtype:
+        config = forward_config(M, Ns, K, R, seed is not None, device_facts(x.device))
     if config is None or not (config.SIDES or seed is not None) or not _one_rank(a_list):
         return None
     if R % 8:
+        if a_list[0].dtype != x.dtype or any(size % 8 for size in (*Ns, K)):
+            return None
         b_list = [_padded(b_list[0])]
     given = [bias for bias in biases if bias is not None]
     if given and len(given) < len(ws):
         return None
-    mask, scales = None, _scaled(scales, seed, dropout_p)
-    if not config.SIDES:
-        return _forward_with_mask(x, ws, a_list, b_list, given, scales, seed, dropout_p, config)
+    scales = _scaled(scales, seed, dropout_p)
     if seed is not None:
-        mask = dropout_mask(seed, M, K, drop_threshold(dropout_p, seed))
-    done = hopper_forward(x, ws, a_list, b_list, given, scales, mask, config=config)
+        return _forward_with_mask(x, ws, a_list, b_list, given, scales, seed, dropout_p, config)
+    done = hopper_forward(x, ws, a_list, b_list, given, scales, None, config=config)
     if done is None:
         return None
     ys, h = done
-    return ys, h if R % 8 == 0 else h[:, :R], mask
+    return ys, h if R % 8 == 0 else h[:, :R], None
 
 
 def _forward_with_mask(
@@ -181,14 +214,24 @@ def _forward_with_mask(
     dropout_p: float,
     config: HopperConfig,
 ) -> tuple[list[Tensor], Tensor, Tensor] | None:
-    """As :func:`lora_forward`, h and the mask by one launch, y by another."""
+    """As :func:`lora_forward`; h and the mask of all rows, the first or none by a launch of their own."""
+    (M, K), R, h = x.shape, a_list[0].shape[0], None
     threshold = drop_threshold(dropout_p, seed)
-    done = hopper_hidden(x, a_list, seed, threshold, scales, config=hidden_config(x.shape[0]))
-    if done is None:
-        return None
-    h, mask = done
-    ys = hopper_outputs(x, ws, h, b_list, biases, config=config)
-    R = a_list[0].shape[0]
+    rows = min(M, config.FIRST * config.SIDE_ROWS) if config.SIDES else M
+    if rows:
+        made = hopper_hidden(x, a_list, seed, threshold, scales, rows, config=hidden_config(rows))
+        if made is None:
+            return None
+        h, mask = made
+    else:
+        mask = x.new_empty((M, -(-K // 32)), dtype=torch.int32)
+    if config.SIDES:
+        done = hopper_forward(x, ws, a_list, b_list, biases, scales, mask, seed, threshold, h, config=config)
+        if done is None:
+            return None
+        ys, h = done
+    else:
+        ys = hopper_outputs(x, ws, h, b_list, biases, config=config)
     return None if ys is None else (ys, h if R % 8 == 0 else h[:, :R], mask)
 
 
@@ -214,33 +257,45 @@ def lora_backward(
         return None
     (M, R), P, K = (dys[0].shape[0], a_list[0].shape[0]), len(ws), ws[0].shape[1]
     Ns = tuple([w.shape[0] for w in ws])
-    config = backward_config(M, Ns, K, R, device_facts(dys[0].device))
+    config = None
+    if a_list[0].dtype == dys[0].dtype:
+        config = backward_config(M, Ns, K, R, device_facts(dys[0].device))
     if config is None or not config.SIDES or (need_a and x.stride(1) != 1):
         return None
     if R % 8:
-        b_list, h = [_padded(b_list[0])], None if h is None else _padded(h)
+        if a_list[0].dtype != dys[0].dtype or any(size % 8 for size in (*Ns, K)):
+            return None
+        b_list, h = [_padded(b_list[0])], None if h is None else wide_columns(h)
     if seed is not None and mask is None:
         mask = dropout_mask(seed, M, K, drop_threshold(dropout_p, seed))
+    scales = _scaled(scales, seed, dropout_p)
     done = hopper_backward_input(
-        dys, ws, a_list, b_list, h if need_b and R <= 16 else None, _scaled(scales, seed, dropout_p), mask,
-        factor_counters(K, P * R) if need_a else 0, config=config,
+        dys, ws, a_list, b_list, h if need_b and R <= 16 else None, scales, mask,
+        factor_counters(K, P * R) if need_a else 0, width=wide_rank(R) if P == 1 else None, config=config,
     )  # fmt: skip
     if done is None:
         return None
     dx, dh, parts, zeros = done
-    da, db = _gradients_of_factors(x, dh if R % 8 == 0 else dh[:, :R], mask, parts, zeros, need_a)
-    if db is not None and R % 8:
-        db = db[:, :R].contiguous()
+    da, db = _gradients_of_factors(x, dh, mask, parts, zeros, need_a, P * R)
     return dx, da, [db] if P == 1 else [None] * P if db is None else db.split(Ns)
 
 
 def _gradients_of_factors(
-    x: Tensor | None, dh: Tensor, mask: Tensor | None, parts: Part | None, zeros: Part, need_a: bool
+    x: Tensor | None,
+    dh: Tensor,
+    mask: Tensor | None,
+    parts: Part | None,
+    zeros: Part,
+    need_a: bool,
+    R: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return da, and db if there are parts of it."""
-    db = None if parts is None else dh.new_empty(parts.shape[1:])
+    """Return da, and db if there are parts of it; with ``R`` of so many ranks, of which dh may have more."""
+    db = None
+    if parts is not None:
+        *_, last = parts.shape
+        db = dh.new_empty(*parts.shape[1:-1], last if R is None else last - dh.shape[1] + R)
     if need_a:
-        return factor_gradients(x, dh, mask, zeros, parts, db), db
+        return factor_gradients(x, dh, mask, zeros, parts, db, rank=R), db
     if parts is not None:
         sum_parts((parts.tensor(), db))
     return None, db
@@ -270,14 +325,19 @@ def update_matmul(
     ``seed``: not forward, of the mask on the update; then its factor is applied to ``h``.
     """
     M, (N, K) = h.shape[0], w.shape
-    if left.dtype.itemsize != 2 or not _worthwhile(M, N if forward else K, device_facts(left.device)):
+    if (
+        left.dtype.itemsize != 2
+        or N % 8
+        or K % 8
+        or not _worthwhile(M, N if forward else K, device_facts(left.device))
+    ):
         return None
-    mask = None
+    mask, factor = None, 1.0
     if seed is not None:
         threshold = drop_threshold(dropout_p, seed)
-        mask = dropout_mask(seed, M, K, threshold)
-        h = h * (65536 / (65536 - threshold))
-    h, b = _padded(h.to(left.dtype)), b.to(left.dtype)
-    if forward:
-        b = _padded(b)
-    return hopper_matmul(forward, left, w, h, b, bias, mask, HopperConfig(SIDES=0))
+        mask, factor = dropout_mask(seed, M, K, threshold), 65536 / (65536 - threshold)
+    if forward and b.shape[1] % 8:
+        b = filled_columns(b, left.dtype)
+    h, b = cast_pair(h, b, left.dtype, factor)
+    b = _padded(b) if forward else b
+    return hopper_matmul(forward, left, w, _padded(h), b, bias, mask, HopperConfig(SIDES=0))

@@ -30,13 +30,16 @@ from lowrank_ops.kernels.lora_backward_factors import factor_counters, factor_gr
 
 M, N, K = 300, 136, 264
 draw = lambda *size: torch.randn(size, device="cuda").bfloat16()
-mask, C = dropout_mask(torch.tensor([5], device="cuda"), M, K, 6554), HopperConfig
+seed, C = torch.tensor([5], device="cuda"), HopperConfig
+mask = dropout_mask(seed, M, K, 6554)
 for P, R, bits in [(1, 16, None), (3, 16, mask), (1, 64, mask), (2, 24, None)]:
     x, scales = draw(M, K), (0.5,) * P
     Ns = [N, 72, 264][:P]
     ws, a_list, b_list = [draw(n, K) for n in Ns], [draw(R, K) for n in Ns], [draw(n, R) for n in Ns]
     biases, dys = [draw(n) for n in Ns], [draw(M, n) for n in Ns]
-    ys, h = hopper_forward(x, ws, a_list, b_list, biases, scales, bits, config=C())
+    drawn = () if bits is None else (torch.empty_like(bits), seed, 6554)
+    ys, h = hopper_forward(x, ws, a_list, b_list, biases, scales, *drawn, config=C())
+    assert bits is None or torch.equal(drawn[0], bits)
     kept, counters = h if R <= 16 else None, factor_counters(K, P * R)
     dx, dh, parts, zeros = hopper_backward_input(
         dys, ws, a_list, b_list, kept, scales, bits, counters, config=C()
@@ -45,7 +48,7 @@ for P, R, bits in [(1, 16, None), (3, 16, mask), (1, 64, mask), (2, 24, None)]:
     results = [*ys, h, dx, factor_gradients(x, dh, bits, zeros, parts, db)]
     for shares in (1, 2):
         config = HiddenConfig(SHARES=shares)
-        results += hopper_hidden(x, a_list, torch.tensor([5], device="cuda"), 6554, scales, config=config)
+        results += hopper_hidden(x, a_list, seed, 6554, scales, config=config)
     if P == 1:
         results += [hopper_matmul(True, x, ws[0], h, b_list[0], biases[0], None, C(SIDES=0))]
         results += [hopper_matmul(False, dys[0], ws[0], dh, a_list[0], None, bits, C(SIDES=0))]

@@ -2,7 +2,6 @@
 
 import itertools
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,73 +14,13 @@ from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from lowrank_ops import kernels  # noqa: E402
-from lowrank_ops.kernels import _launch, _sum_parts, dispatch, hopper, hopper_hidden, hopper_lora  # noqa: E402
+from lowrank_ops.kernels import _launch, _ragged, _sum_parts, dispatch, hopper, hopper_hidden, hopper_lora  # noqa: E402
 from lowrank_ops.kernels._config import DeviceFacts  # noqa: E402
 from lowrank_ops.kernels.hopper import HopperConfig  # noqa: E402
 
 pytestmark = pytest.mark.skipif(kernels.INTERPRETED, reason="TRITON_INTERPRET is set: nothing is compiled")
 
 H100 = DeviceFacts(arch="sm90", processors=132)
-OTHERS = [
-    DeviceFacts(arch=arch, processors=n)
-    for arch, n in (("sm80", 108), ("sm100", 148), ("gfx942", 304), ("cpu", 4))
-]
-TOKENS = [0, 1, 7, 128, 1000, 2048, 2056, 8192, 131072, 10_000_000]
-PROJECTIONS = [(0,), (8,), (1024,), (4096,), (128256,), (4096, 1024, 1024), (14336, 14336), (8, 4096)]
-DEPTHS = [0, 8, 515, 4096, 28672]
-RANKS = [1, 8, 16, 24, 32, 64, 100, 128, 256, 512]
-
-
-@pytest.mark.parametrize("facts", [H100, *OTHERS], ids=lambda facts: facts.arch)
-def test_a_choice_is_a_pure_lookup_that_never_raises(facts):
-    served = 0
-    for M, Ns, K, R in itertools.product(TOKENS, PROJECTIONS, DEPTHS, RANKS):
-        found = [hopper_lora.backward_config(M, Ns, K, R, facts)]
-        found += [hopper_lora.forward_config(M, Ns, K, R, drop, facts) for drop in (False, True)]
-        for config in found:
-            # compiling is tested for these sizes, with and without side programs, in any order of tiles
-            assert config is None or replace(config, SIDES=4, GROUP_M=8) == HopperConfig()
-            assert config is None or config.SIDES in (0, 4)
-        served += any(config is not None for config in found)
-        again = hopper_lora.backward_config.__wrapped__(M, Ns, K, R, facts)
-        assert again == found[0]
-    assert (served > 100) == (facts.arch == "sm90")
-
-
-@pytest.mark.parametrize("M", [0, 1, 64, 128])
-def test_too_few_tiles_are_left_to_others(M):
-    for drop in (False, True):
-        assert hopper_lora.forward_config(M, (4096,), 4096, 16, drop, H100) is None
-    assert hopper_lora.backward_config(M, (4096,), 4096, 16, H100) is None
-    assert not hopper_lora._worthwhile(M, 4096, H100)
-
-
-def test_side_programs_run_where_a_last_wave_has_room_and_not_where_waves_are_full():
-    for M, Ns, K in [(8192, (4352,), 4032), (8192, (4352, 1024, 1024), 4032)]:
-        assert hopper_lora.forward_config(M, Ns, K, 16, False, H100).SIDES == 4
-        assert hopper_lora.backward_config(M, Ns, K, 16, H100).SIDES == 4
-    # 12 x 11 tiles are one wave of 132
-    assert hopper_lora.forward_config(1536, (2816,), 8192, 16, False, H100).SIDES == 0
-    assert hopper_lora.backward_config(1536, (8192,), 2816, 16, H100).SIDES == 0
-
-
-def sides(config: HopperConfig | None) -> int:
-    return 0 if config is None else config.SIDES
-
-
-def test_ranks_that_do_not_fit_a_side_program_have_none():
-    # ranks are padded to a power of two, and projections to two or four; with a mask a quarter as many fit
-    most = {1: 128, 2: 64, 3: 32}
-    many = list(itertools.product((512, 1000, 2048, 8192), (1024, 4096, 8192, 14336), (512, 4096, 8192)))
-    for (P, limit), drop in itertools.product(most.items(), (False, True)):
-        limit = limit // 4 if drop else limit
-        for R, some in ((limit, limit >= 16), (limit + 1, False), (4 * limit + 1, False), (512, False)):
-            found = [sides(hopper_lora.forward_config(M, (N,) * P, K, R, drop, H100)) for M, N, K in many]
-            assert any(found) == some, (P, R, drop)
-    for P in (1, 2, 3):
-        for R, some in ((128, True), (129, False), (512, False)):
-            found = [sides(hopper_lora.backward_config(M, (N,) * P, K, R, H100)) for M, N, K in many]
-            assert any(found) == some, (P, R)
 
 
 class FakeKernel:
@@ -106,6 +45,7 @@ def fakes(monkeypatch):
         "_mask_kernel": sys.modules["lowrank_ops.kernels.dropout_mask"],
         "_factors_kernel": sys.modules["lowrank_ops.kernels.lora_backward_factors"],
         "_sum_parts_kernel": _sum_parts,
+        "_fill_kernel": _ragged,
     }
     fakes = {name: FakeKernel(getattr(module, name)) for name, module in beside.items()}
     for name, module in beside.items():
@@ -225,7 +165,7 @@ def test_a_refused_layer_goes_the_way_of_every_other_gpu(fakes, monkeypatch):
     monkeypatch.setattr(dispatch, "extended_matmul", say("matmul", y))
     monkeypatch.setattr(dispatch, "lora_backward_hidden_b", say("hidden_b", (h, b)))
     monkeypatch.setattr(dispatch, "triton_input", say("input", dx))
-    monkeypatch.setattr(dispatch, "lora_backward_a", say("a", grad))
+    monkeypatch.setattr(dispatch, "triton_a", say("a", grad))
     found = dispatch.lora_forward(x, w, a, b, None, SCALE, SEED, 0.1)
     assert (found[0] is y, found[1] is h, found[2]) == (True, True, None)
     assert took == ["hidden", "matmul"]
@@ -266,7 +206,7 @@ def test_no_x_is_read_as_if_its_columns_lay_side_by_side(fakes):
     assert done is None or fakes["_factors_kernel"].launches[-1]["x_ptr"].stride(1) == 1
 
 
-@pytest.mark.parametrize(("P", "R"), [(1, 16), (1, 32), (2, 32), (3, 16), (3, 64)], ids=str)
+@pytest.mark.parametrize(("P", "R"), [(1, 8), (1, 24), (1, 32), (2, 32), (3, 16), (3, 64)], ids=str)
 def test_the_backward_pass_gives_every_gradient_its_shape(fakes, P, R):
     x, ws, a_list, b_list, _ = layers(P, R)
     dys, h = [draw(M, N)] * P, draw(M, P * R)
@@ -281,6 +221,8 @@ def test_the_backward_pass_gives_every_gradient_its_shape(fakes, P, R):
         assert [None if db is None else db.shape for db in dbs] == [(N, R) if inside else None] * P
         launch = fakes["hopper_kernel"].launches[-1]
         assert launch["DB"] == inside
+        # rows of dh that take few loads
+        assert launch["hidden_ptr"].shape == (M, P * R if P > 1 else (R + 15) // 16 * 16)
     assert len(fakes["_factors_kernel"].launches) == 2
     # without da, the parts of db take a launch of their own
     assert len(fakes["_sum_parts_kernel"].launches) == (R <= 16)
@@ -302,19 +244,29 @@ def test_without_side_programs_one_launch_makes_the_mask_and_h_for_the_next(fake
     assert forward(*layers(P, R)) is None
 
 
+def test_the_first_blocks_of_rows_are_made_by_one_launch_and_the_others_by_the_next(fakes, monkeypatch):
+    monkeypatch.setattr(hopper_lora, "forward_config", lambda *sizes: HopperConfig(FIRST=1))
+    _, ws, a_list, b_list, biases = layers(1, 16)
+    _, h, mask = forward(draw(300, K), ws, a_list, b_list, biases, SEED)
+    (first,), (gemm,) = fakes["hopper_hidden_kernel"].launches, fakes["hopper_kernel"].launches
+    assert (first["M"], gemm["M"], gemm["made"]) == (256, 300, 1)
+    assert first["hidden_ptr"] is gemm["hidden_ptr"]
+    assert first["words_ptr"] is gemm["words_ptr"] is mask
+
+
 @pytest.mark.parametrize("seed", [None, SEED], ids=["plain", "drop"])
 def test_scales_hold_the_factor_of_the_mask_and_the_mask_is_made_once(fakes, seed):
     x, ws, a_list, b_list, biases = layers(2, 16)
-    scales = [0.5, 2.0]
-    ys, h, mask = hopper_lora.lora_forward(x, ws, a_list, b_list, biases, scales, seed, 0.1)
-    args = ws, a_list, b_list, h, mask, scales, seed, 0.1, True, True
+    ys, h, mask = hopper_lora.lora_forward(x, ws, a_list, b_list, biases, [0.5, 2.0], seed, 0.1)
+    args = ws, a_list, b_list, h, mask, [0.5, 2.0], seed, 0.1, True, True
     hopper_lora.lora_backward([draw(M, N)] * 2, x, *args)
     factor = 1 if seed is None else 65536 / (65536 - 6554)
     for launch in fakes["hopper_kernel"].launches:
         assert [launch[f"scale{i}"] for i in range(3)] == [0.5 * factor, 2.0 * factor, 0.0]
         assert launch["DROP"] == (seed is not None)
         assert launch["words_ptr"] is mask
-    assert len(fakes["_mask_kernel"].launches) == (seed is not None)
+    assert fakes["hopper_kernel"].launches[0]["seed_ptr"] is seed
+    assert not fakes["_mask_kernel"].launches
     assert [y.shape for y in ys] == [(M, N)] * 2
     assert h.shape == (M, 32)
 
@@ -343,7 +295,8 @@ def calls():
             x, dys = pitched(x, 8 * bias)[:rows], [draw(rows, N) for _ in range(P)]
             scales, h, biases = (SCALE,) * P, draw(rows, P * R) if db else None, biases if bias else []
             config = HopperConfig()
-            hopper.hopper_forward(x, ws, a_list, b_list, biases, scales, mask, config=config)
+            drawn = (None,) if mask is None else (mask, SEED, 6554)
+            hopper.hopper_forward(x, ws, a_list, b_list, biases, scales, *drawn, config=config)
             hopper.hopper_backward_input(dys, ws, a_list, b_list, h, scales, mask, 5, config=config)
             config = HopperConfig(SIDES=0)
             one = biases[0] if bias else None
@@ -370,11 +323,3 @@ def test_launches_of_one_plan_are_one_kernel_to_triton_with_the_same_numbers(fak
         bases = [getattr(value, "base", value) for value in what.args]
         assert all(any(t is base for t in tensors) for base in bases if isinstance(base, Tensor))
     assert 40 < len(seen) < count
-
-
-@pytest.mark.parametrize("R", [64, 128])
-def test_many_ranks_beside_few_tiles_are_left_to_cublas(R):
-    facts = DeviceFacts(arch="sm90", processors=132)
-    assert hopper_lora.forward_config(2048, (1024,), 4096, R, False, facts) is None
-    assert kernels.pick("lora_forward", 2048, 1024, 4096, R, torch.bfloat16, facts).CUBLAS
-    assert not kernels.pick("lora_forward", 2048, 1024, 4096, 16, torch.bfloat16, facts).CUBLAS

@@ -10,7 +10,13 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from lowrank_ops import kernels  # noqa: E402
-from lowrank_ops.kernels import dropout_mask, hopper, hopper_hidden, lora_backward_factors  # noqa: E402
+from lowrank_ops.kernels import (  # noqa: E402
+    _cast,
+    dropout_mask,
+    hopper,
+    hopper_hidden,
+    lora_backward_factors,
+)
 from lowrank_ops.kernels._config import DeviceFacts  # noqa: E402
 
 pytestmark = pytest.mark.skipif(kernels.INTERPRETED, reason="TRITON_INTERPRET is set: nothing is compiled")
@@ -23,7 +29,10 @@ EVEN, RAGGED = (4096, 4096, 4096), (2056, 1112, 4104)  # (M, N, K)
 
 @dataclass(frozen=True)
 class Case:
-    """One launch. P: projections; 0: the factor exists already, and no side program makes it."""
+    """One launch. P: projections; 0: the factor exists already, and no side program makes it.
+
+    A mask in the forward pass is drawn there, with this threshold.
+    """
 
     forward: bool
     P: int
@@ -33,6 +42,7 @@ class Case:
     db: bool = False
     dtype: torch.dtype = BF16
     sizes: tuple[int, int, int] = EVEN
+    threshold: int = 6554
 
     def __str__(self) -> str:
         flags = [name for name in ("drop", "bias", "db") if getattr(self, name)]
@@ -45,7 +55,8 @@ class Case:
 CASES = [
     Case(True, 1, 16),
     Case(True, 1, 8, drop=True, bias=True, sizes=RAGGED),
-    Case(True, 1, 64, drop=True, dtype=FP16),
+    Case(True, 1, 64, drop=True, dtype=FP16, threshold=40000),
+    Case(True, 1, 128, drop=True),
     Case(True, 1, 128),
     Case(True, 2, 64, bias=True, dtype=FP16, sizes=RAGGED),
     Case(True, 3, 16, drop=True, bias=True),
@@ -94,8 +105,12 @@ def launch(case: Case) -> object:
         bias = biases[0] if biases else None
         return hopper.hopper_matmul(case.forward, left, ws[0], draw(M, R), factor, bias, mask, config)
     scales = (0.5,) * P
+    if case.forward and case.drop:
+        config = hopper.HopperConfig(FIRST=4)
+        drawn = mask, empty(1, dtype=torch.int64), case.threshold
+        return hopper.hopper_forward(x, ws, a_list, b_list, biases, scales, *drawn, config=config)
     if case.forward:
-        return hopper.hopper_forward(x, ws, a_list, b_list, biases, scales, mask, config=config)
+        return hopper.hopper_forward(x, ws, a_list, b_list, biases, scales, None, config=config)
     h = draw(M, P * R) if case.db else None
     return hopper.hopper_backward_input(dys, ws, a_list, b_list, h, scales, mask, 64, config=config)
 
@@ -122,8 +137,9 @@ def test_the_kernel_for_h_and_its_mask_fits_and_spills_nothing(record, P, R, sha
     recorder = record(hopper_hidden, "hopper_hidden_kernel", "sm90")
     (M, _, K), dtype = (EVEN, BF16) if R % 16 == 0 else (RAGGED, FP16)
     seed, config = empty(1, dtype=torch.int64), hopper_hidden.HiddenConfig(SHARES=shares)
+    threshold = 6554 if shares > 1 else 40000
     x, a_list = empty(M, K, dtype=dtype), [empty(R, K, dtype=dtype) for _ in range(P)]
-    assert hopper_hidden.hopper_hidden(x, a_list, seed, 6554, (0.5,) * P, config=config) is not None
+    assert hopper_hidden.hopper_hidden(x, a_list, seed, threshold, (0.5,) * P, config=config) is not None
     ((args, kwargs),) = recorder.launches
     found = resources(compile_launch(recorder.kernel, args, kwargs, TARGETS["sm90"]))
     assert found["spilled"] == 0
@@ -174,3 +190,24 @@ def test_the_kernel_for_both_factors_builds_for_every_target(record, target, dro
         assert found["shared"] <= SHARED_MEMORY[target]
         # sm80, which has other kernels for this, keeps one address on the stack
         assert found["spilled"] <= (8 if target == "sm80" else 0), kwargs
+
+
+def test_what_casts_and_joins_factors_builds(record):
+    casts, joins = (record(_cast, name, "sm90") for name in ("_cast_kernel", "_beside_kernel"))
+    tensors = [empty(128, R, dtype=torch.float32) for R in (16, 8, 16)]
+    _cast.cast_pair(*tensors[:2], BF16, 1.5)
+    _cast.beside(tensors, 1)
+    for recorder in (casts, joins):
+        ((args, kwargs),) = recorder.launches
+        assert resources(compile_launch(recorder.kernel, args, kwargs, TARGETS["sm90"]))["spilled"] == 0
+
+
+def test_a_joint_gradient_of_x_with_factors_that_exist_fits_and_spills_nothing(record):
+    recorder = record(hopper, "hopper_kernel", "sm90")
+    (M, N, K), R, config = EVEN, 16, hopper.HopperConfig(SIDES=0)
+    dys, ws, a_list = ([empty(*size, dtype=BF16)] * 3 for size in ((M, N), (N, K), (R, K)))
+    mask = empty(M, K // 32, dtype=torch.int32)
+    assert hopper.hopper_input(dys, ws, empty(M, 3 * R, dtype=BF16), a_list, mask, config=config) is not None
+    ((args, kwargs),) = recorder.launches
+    found = resources(compile_launch(recorder.kernel, args, kwargs, TARGETS["sm90"]))
+    assert (found["spilled"], found["shared"] <= SHARED_MEMORY["sm90"]) == (0, True)
