@@ -1,7 +1,8 @@
 """``python -m benchmarks.mixed_ranks``: a model of 30 different ranks against one of the same mean rank.
 
 Counts what Triton compiles for the mixed model, kernel by kernel, and compares the time of training steps,
-forward and backward, of the two models in the same rounds.
+forward and backward, of the two models in the same rounds: eager and from CUDA graphs, with adapters in
+float32 and in the type of the model.
 """
 
 import argparse
@@ -10,6 +11,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -30,7 +33,13 @@ RANKS = {
 }
 
 
-def make_model(ranks: Sequence[int], size: int, device: str, dtype: torch.dtype) -> nn.Module:
+def make_model(
+    ranks: Sequence[int],
+    size: int,
+    device: str,
+    dtype: torch.dtype,
+    adapters: torch.dtype = torch.float32,
+) -> nn.Module:
     """Return a stack of square linear layers, frozen, with a LoRA adapter of each rank in ``ranks``."""
     torch.manual_seed(0)
     with torch.device(device):
@@ -41,6 +50,7 @@ def make_model(ranks: Sequence[int], size: int, device: str, dtype: torch.dtype)
     lo.inject(model, lo.LoRAConfig(r=1, lora_alpha=2, rank_pattern=pattern, alpha_pattern=alphas))
     for layer in model:
         nn.init.normal_(layer.adapter.b, std=0.01)
+        layer.adapter.to(adapters)
     return model
 
 
@@ -64,6 +74,27 @@ def step(model: nn.Module, x: torch.Tensor) -> None:
     model.zero_grad(set_to_none=True)
 
 
+def graphed(function: Callable[[], None]) -> Callable[[], None]:
+    """Return ``function``, called before, as the replay of a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def launches(function: Callable[[], None]) -> int:
+    """Return how many kernels, copies and fills a call of ``function`` starts on the GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
 def seconds(function: Callable[[], None], device: str) -> float:
     """Return the time of a call, the device's work included."""
     begin = time.perf_counter()
@@ -73,34 +104,50 @@ def seconds(function: Callable[[], None], device: str) -> float:
     return time.perf_counter() - begin
 
 
+def times_of(steps: dict[str, Callable[[], None]], device: str, rounds: int) -> dict[str, object]:
+    """Return step times of mixed and uniform, ms, medians of rounds that time both, and their ratio."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds + 3):
+        for name in list(steps) if turn % 2 else reversed(steps):
+            taken = seconds(steps[name], device)
+            if turn >= 3:
+                times[name].append(1e3 * taken)
+    ratios = [m / u for m, u in zip(times["mixed"], times["uniform"], strict=True)]
+    ms = {name: statistics.median(values) for name, values in times.items()}
+    return {"ms": ms, "ratio": statistics.median(ratios)}
+
+
 def compare(
-    ranks: list[int], M: int, size: int, device: str, dtype: torch.dtype, rounds: int
+    ranks: list[int],
+    M: int,
+    size: int,
+    device: str,
+    dtype: torch.dtype,
+    adapters: torch.dtype,
+    rounds: int,
 ) -> dict[str, object]:
-    """Return compilations of the mixed model, and step times of mixed and uniform, ms, with their ratio."""
+    """Return compilations of the mixed model; launches and times of a step, eager and from a CUDA graph."""
     mean = round(sum(ranks) / len(ranks))
     x = torch.randn(M, size, device=device, dtype=dtype)
     before = compilations() if device == "cuda" else {}
-    mixed = make_model(ranks, size, device, dtype)
+    mixed = make_model(ranks, size, device, dtype, adapters)
     begin = time.perf_counter()
     step(mixed, x)
     first = time.perf_counter() - begin
     after = compilations() if device == "cuda" else {}
-    models = {"mixed": mixed, "uniform": make_model([mean] * len(ranks), size, device, dtype)}
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(rounds + 3):
-        for name in list(models) if turn % 2 else reversed(models):
-            taken = seconds(lambda name=name: step(models[name], x), device)
-            if turn >= 3:
-                times[name].append(1e3 * taken)
-    ratios = [m / u for m, u in zip(times["mixed"], times["uniform"], strict=True)]
-    return {
+    models = {"mixed": mixed, "uniform": make_model([mean] * len(ranks), size, device, dtype, adapters)}
+    steps = {name: partial(step, model, x) for name, model in models.items()}
+    row = {
         "ranks": ranks,
         "uniform_rank": mean,
         "compilations": {name: n - before.get(name, 0) for name, n in after.items()},
         "first_step_s": first,
-        "ms": {name: statistics.median(values) for name, values in times.items()},
-        "ratio": statistics.median(ratios),
+        "eager": times_of(steps, device, rounds),
     }
+    if device == "cuda":
+        row["launches"] = {name: launches(run) for name, run in steps.items()}
+        row["graph"] = times_of({name: graphed(run) for name, run in steps.items()}, device, rounds)
+    return row
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,8 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = args.out / f"mixed_ranks-{slug(found)}-{found['date']}.json"
     data = {"environment": found, "tokens": args.tokens, "size": args.size, "rows": {}}
     print(header(found))
-    for name, ranks in tqdm(RANKS.items(), unit="model"):
-        row = compare(ranks, args.tokens, args.size, device, dtype, args.rounds)
+    for (name, ranks), adapters in tqdm(list(product(RANKS.items(), dict.fromkeys((torch.float32, dtype))))):
+        row = compare(ranks, args.tokens, args.size, device, dtype, adapters, args.rounds)
+        name = f"{name}, {str(adapters).removeprefix('torch.')} adapters"
         data["rows"][name] = row
         write_atomic(path, json.dumps(data, indent=1) + "\n")
         tqdm.write(f"{name}: {json.dumps(row)}", file=sys.stdout)

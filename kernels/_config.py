@@ -60,9 +60,11 @@ class TileConfig:
 
     rows, cols and depth are the kernel's own: for a GEMM the output tile and the step of the sum; for a
     skinny pass the tile of the big operand (BLOCK_COLS unused when it sums over columns, and so on).
-    SPLIT programs share a sum, whose parts a second launch adds up. PERSISTENT is the number of programs
-    per multiprocessor, 0 for one program a tile. DESCRIPTORS asks for tensor descriptors (TMA on Hopper).
-    CUBLAS leaves the product to cuBLAS in ``dispatch``; a GEMM then gets its update from a second launch.
+    MOST_RANKS is the largest number of ranks that a program of a skinny pass takes, 0 for the pass's own
+    choice. SPLIT programs share a sum, whose parts a second launch adds up. PERSISTENT is the number of
+    programs per multiprocessor, 0 for one program a tile. DESCRIPTORS asks for tensor descriptors (TMA on
+    Hopper). CUBLAS leaves the product to cuBLAS in ``dispatch``; a GEMM then gets its update from a second
+    launch.
     """
 
     BLOCK_ROWS: int
@@ -70,6 +72,7 @@ class TileConfig:
     BLOCK_DEPTH: int
     GROUP_ROWS: int = 8
     SPLIT: int = 1
+    MOST_RANKS: int = 0
     PERSISTENT: int = 0
     DESCRIPTORS: bool = False
     CUBLAS: bool = False
@@ -145,6 +148,21 @@ def _split(blocks: int, steps: int, programs: int) -> int:
     return max(1, min(round(programs / max(blocks, 1)), steps, 32))
 
 
+def _split_in_rounds(blocks: int, out: int, depth: int, steps: int, facts: DeviceFacts) -> int:
+    """Return how many programs share a sum of ``steps`` blocks where a multiprocessor runs two at a time.
+
+    What counts is rounds of programs: one of half the programs or fewer takes about two thirds of a full one.
+    A part, ``out`` elements of sums over ``depth``, is written and read again.
+    """
+
+    def cost(split: int) -> float:
+        rounds, left = divmod(blocks * split, 2 * facts.processors)
+        last = 0 if not left else 0.65 if left <= facts.processors else 1
+        return (rounds + last) / split + (split > 1) * (0.05 + 1.3e-4 * split * out / depth)
+
+    return min(range(1, max(1, min(steps, 8)) + 1), key=cost)
+
+
 def _gemm(op: str, rows: int, dtype: torch.dtype, crowded: bool, facts: DeviceFacts) -> TileConfig:
     """Return tiles for a GEMM of so many rows; ``crowded``: float32 adapters and a mask want registers."""
     if dtype.itemsize > 2:
@@ -194,6 +212,8 @@ def _hidden(
         rows, deep, stages = 64, 128 if long else 64, 3
         programs *= 2 if long and many else 1
         warps = 8 if facts.arch.startswith("sm1") else 4
+        if facts.arch == "sm90" and many and R > 32:
+            rows, warps = 128, 8
     elif wide:
         rows, deep, stages, warps = 32, 32, 3, 8
     elif M <= 16:
@@ -204,11 +224,15 @@ def _hidden(
         rows, deep, stages = (32, 128, 3) if M >= 1024 else (16, 256, 3)
     else:
         rows, deep, stages = 64, 128, 5
+    split = _split(triton.cdiv(M, rows) * triton.cdiv(R, 64), triton.cdiv(depth, 2 * deep), programs)
+    if rows == 128:
+        blocks, steps = triton.cdiv(M, rows) * triton.cdiv(R, 32), triton.cdiv(depth, 2 * deep)
+        split = _split_in_rounds(blocks, M * R, depth, steps, facts)
     return TileConfig(
         BLOCK_ROWS=rows,
         BLOCK_COLS=0,
         BLOCK_DEPTH=deep,
-        SPLIT=_split(triton.cdiv(M, rows) * triton.cdiv(R, 64), triton.cdiv(depth, 2 * deep), programs),
+        SPLIT=split,
         CUBLAS=R > 32 or 16 < M <= 512 or dtype.itemsize > 2,
         num_warps=warps,
         num_stages=stages,
@@ -219,18 +243,19 @@ def _columns(
     op: str, M: int, cols: int, R: int, dtype: torch.dtype, wide: bool, dropout: bool, facts: DeviceFacts
 ) -> TileConfig:
     """Return tiles for a sum along the columns of an (M, cols) operand; ``wide``: adapters in float32."""
-    programs = facts.processors
+    programs, most = facts.processors, 0
     leave = R > 32 or M <= 64 or dtype.itemsize > 2
     if op == "lora_backward_a":
         # four warps keep a few bytes on the stack on sm80 with some releases of Triton
         warps = 8 if facts.arch == "sm80" else 4
         # float32 adapters take registers, of which large tiles leave enough where they were tried
-        large = facts.arch == "sm90" and dtype is torch.bfloat16 and R <= 32 and M >= 2048 and not dropout
+        large = facts.arch == "sm90" and dtype is torch.bfloat16 and M >= 2048 and not dropout
         rows, width = (32, 64) if wide and not large else (64, 64)
-        programs *= 4 if dropout or (wide and large) else 2
+        programs *= 4 if dropout or (wide and large and R <= 32) else 2
+        most = 64 if wide and large and R > 32 else 0
         leave = leave or M <= 2048
     elif wide and facts.arch == "sm90" and dtype is torch.bfloat16 and R <= 32 and M >= 2048 <= cols:
-        rows, width, warps = 64, 128, 4
+        rows, width, warps, most = (128, 128, 8, 32) if R > 16 else (64, 128, 4, 0)
     elif wide or R > 32:
         rows, width, warps = 32, 64 if M > 64 and dtype is torch.bfloat16 else 32, 4
     elif R > 16:
@@ -243,15 +268,14 @@ def _columns(
         rows, width, warps = 64, 128, 8
     if wide and dtype is not torch.bfloat16:
         warps = 8
-    blocks = triton.cdiv(cols, width) * triton.cdiv(R, 64)
-    return TileConfig(
-        BLOCK_ROWS=rows,
-        BLOCK_COLS=width,
-        BLOCK_DEPTH=0,
-        SPLIT=_split(blocks, triton.cdiv(M, 2 * rows), programs),
-        CUBLAS=leave,
-        num_warps=warps,
-    )
+    blocks, steps = triton.cdiv(cols, width), triton.cdiv(M, 2 * rows)
+    if most == 64:
+        # of a last block of no more than 32 ranks the kernel takes half
+        split = _split_in_rounds(triton.cdiv(blocks * triton.cdiv(R, 32), 2), cols * R, M, steps, facts)
+    else:
+        split = _split(blocks * triton.cdiv(R, 64), steps, programs)
+    tiles = TileConfig(BLOCK_ROWS=rows, BLOCK_COLS=width, BLOCK_DEPTH=0, num_warps=warps)
+    return replace(tiles, SPLIT=split, MOST_RANKS=most, CUBLAS=leave)
 
 
 def _for_amd(config: TileConfig) -> TileConfig:

@@ -13,17 +13,19 @@ from ._sum_parts import sum_parts
 from ._tiles import dot, keep_tile, wide
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _project_kernel(
     t_ptr, f_ptr, seed_ptr, out_ptr,
-    rows, depth, R, depth_each, scale, threshold,
+    rows, depth, R, width, depth_each, scale, threshold,
     stride_trow, stride_tdepth, stride_fr, stride_fdepth,
-    USE_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, ACC_TYPE: tl.constexpr,
+    USE_DROPOUT: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr, ACC_TYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """out[s, i, r] = scale * sum_d drop(t)[i, d] f[r, d],  d in the s-th share of depth
 
-    Tensors   t (rows, depth)  f (R, depth)  out (parts, rows, R) contiguous; other strides free.
+    Tensors   t (rows, depth)  f (R, depth)  out (parts, rows, width) contiguous, width ≥ R; other
+              strides free. SHORT says that f has R rows and not width;
+              out has zeros from there on, beside a row of t that is not finite NaN.
     Program   BLOCK_ROWS rows, BLOCK_R ranks and one share of depth, walked in order.
     Numerics  products as _tiles.dot says, sums in ACC_TYPE; the mask is exact and its factor is in scale.
     Traffic   t once per BLOCK_R ranks, f once per block of rows (from L2), out written once.
@@ -40,7 +42,9 @@ def _project_kernel(
         t_ptr + offs_row[:, None].to(tl.int64) * stride_trow + offs_d[None, :].to(tl.int64) * stride_tdepth
     )
     f_ptrs = f_ptr + offs_r[None, :].to(tl.int64) * stride_fr + offs_d[:, None].to(tl.int64) * stride_fdepth
-    mask_row, mask_r = offs_row < rows, offs_r < R
+    # a width that is known to be a multiple of 16 lets rows of f be read 16 bytes at a time
+    mask_row, mask_width = offs_row < rows, offs_r < width
+    mask_r = offs_r < R if SHORT else mask_width
     if USE_DROPOUT:
         seed = tl.load(seed_ptr)
 
@@ -56,9 +60,9 @@ def _project_kernel(
         t_ptrs += wide(BLOCK_DEPTH) * stride_tdepth
         f_ptrs += wide(BLOCK_DEPTH) * stride_fdepth
 
-    out_ptrs = out_ptr + (part.to(tl.int64) * rows + offs_row[:, None]) * R + offs_r[None, :]
+    out_ptrs = out_ptr + (part.to(tl.int64) * rows + offs_row[:, None]) * width + offs_r[None, :]
     result = ((acc + rest) * scale).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptrs, result, mask=mask_row[:, None] & mask_r[None, :])
+    tl.store(out_ptrs, result, mask=mask_row[:, None] & mask_width[None, :])
 
 
 @lru_cache(maxsize=4096)
@@ -67,7 +71,7 @@ def _shares(
 ) -> tuple[TileConfig, str, int, int, int]:
     """Return config, PRECISION, BLOCK_R, the columns of one share of depth, and the number of shares."""
     precision, _ = dot_precision(dtype, factors)
-    most_ranks = {"native": 64, "split": 32}.get(precision, 16)
+    most_ranks = config.MOST_RANKS or {"native": 64, "split": 32}.get(precision, 16)
     if not reads_rows:
         config, most_ranks = small_tiles(config, dtype), 16
     each = triton.cdiv(triton.cdiv(depth, config.SPLIT), config.BLOCK_DEPTH) * config.BLOCK_DEPTH
@@ -83,25 +87,37 @@ def _prepare(
     threshold: int,
     config: TileConfig,
 ) -> Launch:
-    (rows, depth), R = t.shape, factor.shape[0]
-    config, precision, BLOCK_R, each, parts = _shares(depth, R, t.dtype, factor.dtype, aligned(t), config)
+    (rows, depth), R, width = t.shape, factor.shape[0], out.shape[-1]
+    config, precision, BLOCK_R, each, parts = _shares(depth, width, t.dtype, factor.dtype, aligned(t), config)
+    # where it costs nothing also at ranks that are multiples of 16, so that there is one variant for all
+    short = factor.stride(1) == 1 and (R != width or precision == "split")
     acc_type = torch.float64 if t.dtype is torch.float64 else torch.float32
-    grid = (triton.cdiv(rows, config.BLOCK_ROWS), triton.cdiv(R, BLOCK_R), parts)
+    grid = (triton.cdiv(rows, config.BLOCK_ROWS), triton.cdiv(width, BLOCK_R), parts)
     return Launch.of(_project_kernel, grid)(
         t, factor, seed, out,
-        rows, depth, R, each, scale * 65536 / (65536 - threshold), threshold,
+        rows, depth, R, width, each, scale * 65536 / (65536 - threshold), threshold,
         t.stride(0), t.stride(1), factor.stride(0), factor.stride(1),
-        USE_DROPOUT=seed is not None, PRECISION=precision, ACC_TYPE=tl_type(acc_type),
+        USE_DROPOUT=seed is not None, SHORT=short,
+        PRECISION=precision, ACC_TYPE=tl_type(acc_type),
         BLOCK_ROWS=config.BLOCK_ROWS, BLOCK_DEPTH=config.BLOCK_DEPTH, BLOCK_R=BLOCK_R,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
 def project(
-    t: Tensor, factor: Tensor, scale: float, seed: Tensor | None, threshold: int, config: TileConfig
+    t: Tensor,
+    factor: Tensor,
+    scale: float,
+    seed: Tensor | None,
+    threshold: int,
+    config: TileConfig,
+    width: int | None = None,
 ) -> Tensor:
-    """Return ``scale · drop(t) factorᵀ``, (rows, R), dtype of ``factor``; factor (R, depth)."""
-    (rows, depth), R, dtype = t.shape, factor.shape[0], t.dtype
+    """Return ``scale · drop(t) factorᵀ``, (rows, R), dtype of ``factor``; factor (R, depth).
+
+    With ``width`` the result has so many columns, zeros from R on; then factor must be contiguous.
+    """
+    (rows, depth), R, dtype = t.shape, width or factor.shape[0], t.dtype
     out = factor.new_empty(rows, R)
     if out.numel() == 0:
         return out

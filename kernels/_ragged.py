@@ -1,17 +1,72 @@
-"""Ranks that are no multiple of 16, filled up with zeros where a pass over x or dy is long.
+"""Ranks that are no multiple of 16, where a pass over x or dy is long: rows of factors 16 ranks at a time.
 
 A row of h, dh or b then starts on 16 bytes; without, every element of it takes a load of its own, and a pass
-costs up to five times as much.
+costs up to five times as much. h and dh are made with zeros beside their ranks, gradients are cut as they are
+written, and only b is ever copied.
 """
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-__all__ = ["cut_columns", "cut_rows", "filled_columns", "filled_rows", "is_ragged"]
+from ._launch import Launch, launch
+from ._tiles import wide
+
+__all__ = [
+    "cut_columns",
+    "cut_rows",
+    "filled_columns",
+    "filled_parts",
+    "filled_rows",
+    "is_ragged",
+    "wide_columns",
+    "wide_rank",
+]
 
 _LONG = 2**22  # elements of x or dy
+
+
+@triton.jit(do_not_specialize=["R", "stride_row"])
+def _fill_kernel(t_ptr, out_ptr, count, R, width, stride_row, BLOCK: tl.constexpr):
+    """out[i, r] = t[i, r] where r < R, else 0
+
+    Tensors   t (rows, R), columns contiguous, rows anywhere; out (rows, width), contiguous, count elements.
+    Program   BLOCK elements of out.
+    Numerics  rounded to the type of out.
+    Traffic   t once, out once.
+    """
+    first = wide(tl.program_id(0)) * BLOCK
+    row = first // width
+    place = (first - row * width).to(tl.int32) + tl.arange(0, BLOCK)
+    column = place % width
+    t_ptrs = t_ptr + (row + place // width) * stride_row + column
+    inside = first + tl.arange(0, BLOCK) < count
+    t = tl.load(t_ptrs, mask=inside & (column < R), other=0.0)
+    tl.store(out_ptr + first + tl.arange(0, BLOCK), t.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _prepare(t: Tensor, out: Tensor, width: int, dtype: torch.dtype) -> Launch:
+    """Lay out the launch; ``dtype``, of out, is there to be a part of its key."""
+    count = t.shape[0] * width
+    return Launch.of(_fill_kernel, (triton.cdiv(count, 1024),))(
+        t, out, count, t.shape[1], width, t.stride(0), BLOCK=1024, num_warps=4, enable_fp_fusion=True
+    )
+
+
+def _filled(t: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
+    t = t if t.stride(1) == 1 else t.contiguous()
+    out = t.new_empty((t.shape[0], width), dtype=dtype or t.dtype)
+    if out.numel():
+        launch(_prepare, (t,), width, out.dtype, fresh=(out,))
+    return out
+
+
+def wide_rank(R: int) -> int:
+    """Return ``R`` rounded up to a multiple of 16."""
+    return R + -R % 16
 
 
 def is_ragged(ranks: Sequence[int], elements: int) -> bool:
@@ -19,22 +74,41 @@ def is_ragged(ranks: Sequence[int], elements: int) -> bool:
     return elements >= _LONG and any(rank % 16 for rank in ranks)
 
 
-def filled_rows(a: Tensor | None) -> Tensor | None:
-    """Return ``a``, (R, K) or None, with zeros below."""
-    return a if a is None or a.shape[0] % 16 == 0 else F.pad(a, (0, 0, 0, -a.shape[0] % 16))
+def filled_rows(a: Tensor) -> Tensor:
+    """Return ``a``, (R, K), with zeros below."""
+    R, K = a.shape
+    return a if R % 16 == 0 else _filled(a.reshape(1, R * K), wide_rank(R) * K).view(wide_rank(R), K)
 
 
-def filled_columns(t: Tensor | None, ranks: Sequence[int] | None = None) -> Tensor | None:
-    """Return ``t``, (rows, sum of ranks) or None, with zeros beside those of each rank; one rank if None."""
+def filled_columns(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return ``t``, (rows, R), in ``dtype``, with zeros beside; itself if there is nothing to do."""
+    same = dtype is None or dtype == t.dtype
+    return t if same and t.shape[1] % 16 == 0 else _filled(t, wide_rank(t.shape[1]), dtype)
+
+
+def wide_columns(t: Tensor) -> Tensor:
+    """Return (rows, 16 ranks at a time) that begins with the columns of ``t``, with anything beside them."""
+    rows, R = t.shape
+    pitch, width = t.stride(0), wide_rank(R)
+    if width == R:
+        return t
+    held = t.untyped_storage().nbytes() // t.element_size() - t.storage_offset()
+    if pitch % 16 == 0 and pitch >= width and t.stride(1) == 1 and held >= (rows - 1) * pitch + width:
+        return t.as_strided((rows, width), (pitch, 1))
+    return _filled(t, width)
+
+
+def filled_parts(t: Tensor | None, ranks: Sequence[int]) -> Tensor | None:
+    """Return ``t``, (rows, sum of ranks) or None, with zeros beside the columns of each rank."""
     if t is None:
         return None
-    if ranks is None or len(ranks) == 1:
-        return F.pad(t, (0, -t.shape[1] % 16)) if t.shape[1] % 16 else t
-    out = t.new_zeros(t.shape[0], sum(rank + -rank % 16 for rank in ranks))
+    if len(set(ranks)) == 1:
+        return filled_columns(t.reshape(-1, ranks[0])).view(t.shape[0], -1)
+    out = t.new_zeros(t.shape[0], sum(map(wide_rank, ranks)))
     at = 0
     for part in t.split(list(ranks), 1):
         out[:, at : at + part.shape[1]] = part
-        at += part.shape[1] + -part.shape[1] % 16
+        at += wide_rank(part.shape[1])
     return out
 
 

@@ -70,8 +70,9 @@ def _hidden_gradients_kernel(
     else:
         if HAS_SECOND:
             _sum_one(
-                second_parts_ptr, second_out_ptr, second_parts, second_count, block - blocks, ACC_TYPE, BLOCK
-            )
+                second_parts_ptr, second_out_ptr, second_parts, second_count, second_count, second_count,
+                block - blocks, False, ACC_TYPE, BLOCK,
+            )  # fmt: skip
 
 
 _BLOCK = 256

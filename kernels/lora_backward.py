@@ -17,20 +17,28 @@ def lora_backward_hidden(dy: Tensor, b: Tensor, scale: float, *, config: TileCon
     return project(dy, b.T, scale, None, 0, config)
 
 
-def lora_backward_b(dy: Tensor, h: Tensor, *, config: TileConfig | None = None) -> Tensor:
-    """Return ``db = dyᵀ h``, (N, R), dtype of ``h``."""
+def lora_backward_b(
+    dy: Tensor, h: Tensor, *, config: TileConfig | None = None, rank: int | None = None
+) -> Tensor:
+    """Return ``db = dyᵀ h``, (N, R), dtype of ``h``; of the first ``rank`` columns of h if given."""
     N, R = dy.shape[1], h.shape[1]
     config = config or pick_for("lora_backward_a", dy, h, 0, N, R)
-    return correlate(dy, h, None, 0, h.new_empty(N, R), config)
+    return correlate(dy, h, None, 0, h.new_empty(N, rank or R), config)
 
 
 def lora_backward_a(
-    dh: Tensor, x: Tensor, seed: Tensor | None, dropout_p: float, *, config: TileConfig | None = None
+    dh: Tensor,
+    x: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    *,
+    config: TileConfig | None = None,
+    rank: int | None = None,
 ) -> Tensor:
-    """Return ``da = dhᵀ drop(x)``, (R, K), dtype of ``dh``."""
+    """Return ``da = dhᵀ drop(x)``, (R, K), dtype of ``dh``; of the first ``rank`` columns of dh if given."""
     K, R = x.shape[1], dh.shape[1]
     config = config or pick_for("lora_backward_a", x, dh, 0, K, R, seed)
-    da = dh.new_empty(R, K)
+    da = dh.new_empty(rank or R, K)
     correlate(x, dh, seed, drop_threshold(dropout_p, seed), da.T, config)
     return da
 

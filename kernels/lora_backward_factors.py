@@ -1,6 +1,7 @@
 """The gradients of both factors, after the pass that made dh and the parts of db, in one launch."""
 
 from functools import cache, lru_cache
+from math import prod
 
 import torch
 import triton
@@ -13,8 +14,13 @@ from ._tiles import add, total, wide
 
 
 @triton.jit
-def _add_parts(parts_ptr, out_ptr, parts, count, first, BLOCK: tl.constexpr):
-    """out[i] = sum_s parts[s, i], BLOCK elements a program, in the order of s with its errors kept."""
+def _add_parts(
+    parts_ptr, out_ptr, parts, count, width, kept, first, CUT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out[i] = sum_s parts[s, i], BLOCK elements a program, in the order of s with its errors kept.
+
+    With CUT out keeps the first ``kept`` of every ``width`` elements.
+    """
     programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
     for start in range(first * BLOCK, count, programs * BLOCK):
         offs = start + tl.arange(0, BLOCK)
@@ -22,21 +28,25 @@ def _add_parts(parts_ptr, out_ptr, parts, count, first, BLOCK: tl.constexpr):
         for part in range(parts):
             one = tl.load(parts_ptr + wide(count) * part + offs, mask=offs < count, other=0.0)
             acc, rest = add(acc, rest, one)
-        tl.store(out_ptr + offs, total(acc, rest).to(out_ptr.dtype.element_ty), mask=offs < count)
+        mask, places = offs < count, offs
+        if CUT:
+            mask, places = mask & (offs % width < kept), offs // width * kept + offs % width
+        tl.store(out_ptr + places, total(acc, rest).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "db_width", "db_kept"])
 def _factors_kernel(
     x_ptr, dh_ptr, words_ptr, da_ptr, shares_ptr, counters_ptr, db_parts_ptr, db_ptr,
-    M, K, R, pitch, rows_each, db_parts, db_count, stride_xm, stride_dh,
-    USE_DROPOUT: tl.constexpr, HAS_DB: tl.constexpr, SHARES: tl.constexpr,
+    M, K, R, width, pitch, rows_each, db_parts, db_count, db_width, db_kept, stride_xm, stride_dh,
+    USE_DROPOUT: tl.constexpr, HAS_DB: tl.constexpr, CUT_DB: tl.constexpr, SHARES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """da[r, k] = sum_m dh[m, r] mask[m, k] x[m, k], and db[i] = sum_s db_parts[s, i]
 
-    Tensors   x (M, K), dh (M, R), rows contiguous; words, the mask's bits, (M, pitch) int32; da (R, K);
-              shares (SHARES, K, R) float32 scratch; counters, one zero for each block of da; db_parts
-              (db_parts, db_count) float32, db (db_count,).
+    Tensors   x (M, K), dh (M, width), width ≥ R, rows contiguous; words, the mask's bits, (M, pitch) int32;
+              da (R, K); shares (SHARES, K, width) float32 scratch; counters, one zero for each block of da;
+              db_parts (db_parts, db_count) float32, db (db_count,), with CUT_DB db_kept of every
+              db_width.
     Program   BLOCK_K columns, BLOCK_R ranks, one share of the rows; the last to finish of those that share a
               block adds up the shares in their order, so that the result does not depend on who that is.
     Numerics  16-bit products summed in float32.
@@ -46,7 +56,9 @@ def _factors_kernel(
     block_k, block_r, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     block = block_r * tl.num_programs(0) + block_k
     if HAS_DB:
-        _add_parts(db_parts_ptr, db_ptr, db_parts, db_count, block * SHARES + share, 256)
+        _add_parts(
+            db_parts_ptr, db_ptr, db_parts, db_count, db_width, db_kept, block * SHARES + share, CUT_DB, 256
+        )  # fmt: skip
     offs_k = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_r = block_r * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_m = share * rows_each + tl.arange(0, BLOCK_M)
@@ -59,7 +71,7 @@ def _factors_kernel(
     for row in range(share * rows_each, min(share * rows_each + rows_each, M), BLOCK_M):
         inside = (row + tl.arange(0, BLOCK_M) < M)[:, None]
         x = tl.load(x_ptrs, mask=inside & (offs_k < K)[None, :], other=0.0)
-        dh = tl.load(dh_ptrs, mask=inside & (offs_r < R)[None, :], other=0.0)
+        dh = tl.load(dh_ptrs, mask=inside & (offs_r < width)[None, :], other=0.0)
         if USE_DROPOUT:
             words = tl.load(word_ptrs, mask=inside & (offs_w < pitch)[None, :], other=0)
             bits = words[:, :, None] >> tl.arange(0, 32)[None, None, :] & 1
@@ -68,20 +80,20 @@ def _factors_kernel(
         acc = tl.dot(x.T, dh, acc)
         x_ptrs += wide(BLOCK_M) * stride_xm
         dh_ptrs += wide(BLOCK_M) * stride_dh
-    mask = (offs_k < K)[:, None] & (offs_r < R)[None, :]
+    mask = (offs_k < K)[:, None] & (offs_r < width)[None, :]
     finished = True
     if SHARES > 1:
-        share_ptrs = shares_ptr + offs_k[:, None] * R + offs_r[None, :]
-        tl.store(share_ptrs + wide(K) * R * share, acc, mask=mask)
+        share_ptrs = shares_ptr + offs_k[:, None] * width + offs_r[None, :]
+        tl.store(share_ptrs + wide(K) * width * share, acc, mask=mask)
         tl.debug_barrier()
         finished = tl.atomic_add(counters_ptr + block, 1, sem="acq_rel", scope="gpu") == SHARES - 1
         if finished:
             acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
             for s in range(SHARES):
-                acc += tl.load(share_ptrs + wide(K) * R * s, mask=mask, other=0.0)
+                acc += tl.load(share_ptrs + wide(K) * width * s, mask=mask, other=0.0)
     if finished:
         da_ptrs = da_ptr + wide(K) * offs_r[None, :] + offs_k[:, None]
-        tl.store(da_ptrs, acc.to(da_ptr.dtype.element_ty), mask=mask)
+        tl.store(da_ptrs, acc.to(da_ptr.dtype.element_ty), mask=mask & (offs_r < R)[None, :])
 
 
 def _blocks(K: int, R: int) -> tuple[int, int, int]:
@@ -105,6 +117,11 @@ def factor_counters(K: int, R: int) -> int:
     return _blocks(K, R)[2]
 
 
+def factor_shares(x: Tensor, dh: Tensor, mask: Tensor | None) -> tuple[int, int]:
+    """Return the rows of one share of ``factor_gradients``, and the number of shares."""
+    return _shares(*x.shape, dh.shape[1], mask is not None, device_facts(x.device))
+
+
 def _prepare(
     x: Tensor,
     dh: Tensor,
@@ -116,17 +133,20 @@ def _prepare(
     db_parts: Tensor | None,
     each: int,
     sizes: tuple[int, ...] | None,
+    R: int,
     dtype: torch.dtype,
 ) -> Launch:
     """Lay out the launch; ``dtype``, of da, is there to be a part of its key."""
-    (M, K), R = x.shape, dh.shape[1]
-    BLOCK_K, BLOCK_R, _ = _blocks(K, R)
+    (M, K), width = x.shape, dh.shape[1]
+    BLOCK_K, BLOCK_R, _ = _blocks(K, width)
     count = 1 if shares is None else shares.shape[0]
-    return Launch.of(_factors_kernel, (triton.cdiv(K, BLOCK_K), triton.cdiv(R, BLOCK_R), count))(
+    return Launch.of(_factors_kernel, (triton.cdiv(K, BLOCK_K), triton.cdiv(width, BLOCK_R), count))(
         x, dh, mask, da, shares, counters, db_parts, db,
-        M, K, R, 0 if mask is None else mask.shape[1], each,
-        0 if sizes is None else sizes[0], 0 if db is None else db.numel(), x.stride(0), dh.stride(0),
-        USE_DROPOUT=mask is not None, HAS_DB=db is not None, SHARES=count,
+        M, K, R, width, 0 if mask is None else mask.shape[1], each,
+        *((0, 0, 0, 0) if sizes is None else (sizes[0], prod(sizes[1:]), sizes[-1], db.shape[-1])),
+        x.stride(0), dh.stride(0),
+        USE_DROPOUT=mask is not None, HAS_DB=db is not None,
+        CUT_DB=db is not None and sizes[-1] != db.shape[-1], SHARES=count,
         BLOCK_M=64, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R, num_warps=4, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -139,17 +159,21 @@ def factor_gradients(
     db_parts: Tensor | Part | None = None,
     db: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    rank: int | None = None,
 ) -> Tensor:
     """Return ``da = dhᵀ (mask ∘ x)``, (R, K); and write ``db``, the sum of ``db_parts`` (S, *db.shape).
+
+    With ``rank`` dh may have more columns than those, and so may ``db_parts``.
 
     ``dtype``: of da, that of dh unless given. ``counters``: int32 zeros, ``factor_counters(K, R)`` of them or
     more, which are used up. ``db_parts``: float32. Both contiguous.
     """
-    (M, K), R = x.shape, dh.shape[1]
-    each, count = _shares(M, K, R, mask is not None, device_facts(x.device))
+    K, R = x.shape[1], dh.shape[1]
+    rank = rank or R
+    each, count = factor_shares(x, dh, mask)
     dtype = dh.dtype if dtype is None else dtype
-    da = dh.new_empty((R, K), dtype=dtype)
+    da = dh.new_empty((rank, K), dtype=dtype)
     shares = None if count == 1 else dh.new_empty((count, K, R), dtype=torch.float32)
     sizes = None if db_parts is None else db_parts.shape
-    launch(_prepare, (x, dh, mask, db), each, sizes, dtype, fresh=(da, shares, counters, db_parts))
+    launch(_prepare, (x, dh, mask, db), each, sizes, rank, dtype, fresh=(da, shares, counters, db_parts))
     return da

@@ -20,11 +20,12 @@ def lora_hidden(
     dropout_p: float,
     *,
     config: TileConfig | None = None,
+    width: int | None = None,
 ) -> Tensor:
-    """Return ``h = scale · drop(x) aᵀ``, (M, R), dtype of ``a``."""
-    K, R = x.shape[1], a.shape[0]
+    """Return ``h = scale · drop(x) aᵀ``, (M, R), dtype of ``a``; zeros beside it, to ``width`` if given."""
+    K, R = x.shape[1], width or a.shape[0]
     config = config or pick_for("lora_hidden", x, a, 0, K, R, seed)
-    return project(x, a, scale, seed, drop_threshold(dropout_p, seed), config)
+    return project(x, a, scale, seed, drop_threshold(dropout_p, seed), config, width)
 
 
 def lora_forward(

@@ -30,7 +30,7 @@ DTYPES = {
     "fp32": (torch.float32, torch.float32),
 }
 # (M, N, K, R): a training step at a common rank and at the largest, ragged everywhere, one token, and the
-# largest rank that has tiles of its own with float32 adapters
+# largest rank whose tiles with float32 adapters are not those of all above
 SHAPES = {
     "train": (8192, 4096, 4096, 16),
     "rank512": (4096, 4096, 4096, 512),
@@ -54,6 +54,7 @@ MEASURED = [
     ("rank512", "fp16-fp32"),
     ("ragged", "fp32"),
     ("rank32", "bf16-fp32"),
+    ("rank512", "bf16-fp32"),
 ]
 CASES = [*((target, *case) for target in TARGETS for case in EVERYWHERE), *(("sm90", *c) for c in MEASURED)]
 SHARED_MEMORY = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "gfx942": 65536}  # bytes a program may have
