@@ -65,6 +65,15 @@ def test_float32_factors_beside_a_16_bit_x_get_float32_gradients():
         assert_as_accurate(actual[name].half(), baseline[name], truth[name])
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_u_of_a_few_float32_tokens_is_rounded_once(p):
+    *inputs, _ = make_inputs((3, 16, 200, 5), torch.float32, torch.float32)
+    rest = 0.5, True, torch.tensor([77, -5, 3]) if p else None, p
+    _, u, *_ = kernels.dense_lora_forward(*inputs, *rest)
+    _, exact, *_ = reference.dense_lora_forward(*[t.double() for t in inputs], *rest)
+    assert torch.equal(u, exact.float())
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 6, 2), (5, 0, 6, 2), (5, 6, 0, 2)], ids=str)
 def test_empty_sizes_give_zeros_of_the_right_shape(shape):
     inputs = make_inputs((*shape[:2], max(shape[2], 1), shape[3]), torch.float32, torch.float32)
