@@ -5,7 +5,7 @@ Most launches differ from an earlier one in nothing but the addresses of their t
 is kept, which calls the compiled kernel itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._tape import current_tape
 from ._triton_api import DescriptorMaker, bind, current_stream, descriptor_makers, is_descriptor, may_bypass
 
-__all__ = ["Launch", "Part", "launch"]
+__all__ = ["Launch", "Part", "Plan", "launch"]
 
 _MOST_PLANS = 4096
 _MOST_DESCRIPTORS = 16384  # about 500 bytes each
@@ -62,6 +63,10 @@ class Plan(NamedTuple):
 
     def run(self, device: int, addresses: list[int | None]) -> None:
         """Launch on tensors at these addresses."""
+        self.call(self.stream(device), self.filled(addresses))
+
+    def filled(self, addresses: Sequence[int | None]) -> list[object]:
+        """Return what the kernel is given for tensors at these addresses."""
         values = self.values.copy()
         for place, i in self.pointers:
             values[place] = addresses[i]
@@ -69,7 +74,13 @@ class Plan(NamedTuple):
             encoded = _encoded(maker, addresses[i])
             for place in places:
                 values[place] = encoded
-        self.call(self.stream(device), values)
+        return values
+
+    def ordered(self, order: Sequence[int]) -> "Plan":
+        """Return the plan that takes the address at ``order[i]`` where this one takes that at i."""
+        pointers = [(place, order[i]) for place, i in self.pointers]
+        descriptors = [(places, order[i], maker) for places, i, maker in self.descriptors]
+        return self._replace(pointers=pointers, descriptors=descriptors)
 
 
 # None: Triton must do it
@@ -100,13 +111,18 @@ def launch(
     """
     key, addresses = plan_key(prepare, tensors, numbers, fresh)
     plan = _plans.get(key)
+    tape = current_tape()
     if plan is not None and may_bypass(plan.kernel):
+        if tape is not None:
+            tape.launched(plan, addresses)
         plan.run(key[1], addresses)
         return True
     tensors = (*tensors, *[t.tensor() if isinstance(t, Part) else t for t in fresh])
     what = prepare(*tensors, *numbers)
     if what is None:
         return False
+    if tape is not None:
+        tape.launched(None, addresses)
     compiled = what.kernel[what.grid](*what.args, **what.constants)
     if key[1] >= 0 and key not in _plans and may_bypass(what.kernel) and not _repeats(tensors):
         if len(_plans) >= _MOST_PLANS:

@@ -33,17 +33,18 @@ _FORM_3_7 = (
 
 
 def _idle(hook: object) -> bool:
-    return hook is None or getattr(hook, "calls", None) == []
+    return getattr(hook, "calls", None) == []
 
 
 def may_bypass(kernel: object) -> bool:
     """Whether launches of ``kernel`` may go past Triton: it gets compiled, and no hook wants to know."""
     runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return (
         isinstance(kernel, JITFunction)
         and not kernel.pre_run_hooks
-        and _idle(runtime.launch_enter_hook)
-        and _idle(runtime.launch_exit_hook)
+        and (enter is None or _idle(enter))
+        and (leave is None or _idle(leave))
         and not runtime.debug
         and not knobs.compilation.instrumentation_mode
         and runtime.add_stages_inspection_hook is None

@@ -12,10 +12,20 @@ from torch import Tensor
 
 from ._config import TileConfig, device_facts, pick, pick_for
 from ._matmul import extended_matmul
-from ._ragged import cut_columns, cut_rows, filled_columns, filled_rows, is_ragged
+from ._ragged import (
+    cut_columns,
+    cut_rows,
+    filled_columns,
+    filled_parts,
+    filled_rows,
+    is_ragged,
+    wide_columns,
+    wide_rank,
+)
 from .bitmap_codec import bitmap_decode, bitmap_encode, pruned_decode, two_four_decode, two_four_encode
 from .dense_dispatch import DispatchPasses
 from .dense_dispatch import output as dense_output
+from .joint_dispatch import beside, joint_input, joint_outputs
 from .lora_backward import lora_backward_a as triton_a
 from .lora_backward import lora_backward_b as triton_b
 from .lora_backward import lora_backward_hidden as triton_backward_hidden
@@ -34,6 +44,7 @@ __all__ = [
     "bitmap_encode",
     "dense_lora_backward",
     "dense_lora_forward",
+    "known_passes",
     "lora_backward",
     "lora_backward_a",
     "lora_backward_b",
@@ -81,6 +92,16 @@ def _hopper(device: torch.device) -> ModuleType | None:
     return hopper_lora
 
 
+@cache
+def known_passes(device: torch.device) -> ModuleType | None:
+    """Return the functions of passes that the host has seen before, where there are any."""
+    if _hopper(device) is None:
+        return None
+    from . import hopper_passes
+
+    return hopper_passes
+
+
 @lru_cache(maxsize=4096)
 def _is_left(device: torch.device, M: int, K: int, N: int, R: int, dtype: torch.dtype) -> bool:
     """Whether every product of a layer without dropout, adapters in ``dtype`` too, is left to cuBLAS."""
@@ -97,10 +118,16 @@ def _is_left(device: torch.device, M: int, K: int, N: int, R: int, dtype: torch.
 
 def lora_hidden(x: Tensor, a: Tensor, scale: float, seed: Tensor | None, dropout_p: float) -> Tensor:
     """See ``kernels.lora_hidden``."""
-    config = pick_for("lora_hidden", x, a, 0, x.shape[1], a.shape[0], seed)
+    return _wide_hidden(x, a, scale, seed, dropout_p, None)
+
+
+def _wide_hidden(
+    x: Tensor, a: Tensor, scale: float, seed: Tensor | None, dropout_p: float, width: int | None
+) -> Tensor:
+    config = pick_for("lora_hidden", x, a, 0, x.shape[1], width or a.shape[0], seed)
     if config.CUBLAS and seed is None and a.dtype == x.dtype:
-        return _scaled_mm(x, a.T, scale)
-    return triton_hidden(x, a, scale, seed, dropout_p, config=config)
+        return _scaled_mm(x, (a if width is None else filled_rows(a)).T, scale)
+    return triton_hidden(x, a, scale, seed, dropout_p, config=config, width=width)
 
 
 def lora_forward(
@@ -125,9 +152,10 @@ def lora_forward(
             return done[0][0], *done[1:]
     R = a.shape[0]
     if is_ragged([R], x.numel()):
-        a, b = filled_rows(a), filled_columns(b)
+        h = _wide_hidden(x, a, scale, seed, dropout_p, wide_rank(R))
+        return _output(x, w, h, b, bias), h[:, :R], None
     h = lora_hidden(x, a, scale, seed, dropout_p)
-    return _output(x, w, h, b, bias), h if h.shape[1] == R else h[:, :R], None
+    return _output(x, w, h, b, bias), h, None
 
 
 def _output(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -135,6 +163,8 @@ def _output(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> 
     y = None if hopper is None else hopper.update_matmul(True, x, w, h, b, bias, None, 0.0)
     if y is not None:
         return y
+    if h.shape[1] != b.shape[1]:
+        b = filled_columns(b)
     config = pick_for("lora_forward", x, b, w.shape[0], x.shape[1], b.shape[1])
     if config.CUBLAS:
         return _add_update(F.linear(x, w, bias), h, b, None, 0)
@@ -151,15 +181,26 @@ def lora_backward_hidden(dy: Tensor, b: Tensor, scale: float) -> Tensor:
 
 def lora_backward_b(dy: Tensor, h: Tensor) -> Tensor:
     """See ``kernels.lora_backward_b``."""
+    return _first_of_b(dy, h, None)
+
+
+def _first_of_b(dy: Tensor, h: Tensor, rank: int | None) -> Tensor:
     config = pick_for("lora_backward_a", dy, h, 0, dy.shape[1], h.shape[1])
     if config.CUBLAS and h.dtype == dy.dtype:
-        return dy.T @ h
-    return triton_b(dy, h, config=config)
+        return dy.T @ h if rank is None else (dy.T @ h)[:, :rank].contiguous()
+    return triton_b(dy, h, config=config, rank=rank)
+
+
+def _gradient_of_b(dy: Tensor, h: Tensor) -> Tensor:
+    R = h.shape[1]
+    return _first_of_b(dy, wide_columns(h), R) if is_ragged([R], dy.numel()) else lora_backward_b(dy, h)
 
 
 def lora_backward_hidden_b(dy: Tensor, b: Tensor, h: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """See ``kernels.lora_backward_hidden_b``."""
-    config = pick_for("lora_backward_hidden_b", dy, b, dy.shape[1], 0, b.shape[1])
+    config = pick_for("lora_backward_hidden_b", dy, b, dy.shape[1], 0, h.shape[1])
+    if config.CUBLAS and h.shape[1] != b.shape[1]:
+        return lora_backward_hidden(dy, filled_columns(b), scale), _first_of_b(dy, h, b.shape[1])
     if config.CUBLAS:
         return lora_backward_hidden(dy, b, scale), lora_backward_b(dy, h)
     return triton_hidden_b(dy, b, h, scale, config=config)
@@ -167,10 +208,16 @@ def lora_backward_hidden_b(dy: Tensor, b: Tensor, h: Tensor, scale: float) -> tu
 
 def lora_backward_a(dh: Tensor, x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
     """See ``kernels.lora_backward_a``."""
+    return _first_of_a(dh, x, seed, dropout_p, None)
+
+
+def _first_of_a(dh: Tensor, x: Tensor, seed: Tensor | None, dropout_p: float, rank: int | None) -> Tensor:
     config = pick_for("lora_backward_a", x, dh, 0, x.shape[1], dh.shape[1], seed)
     if config.CUBLAS and seed is None and dh.dtype == x.dtype:
-        return dh.T @ x
-    return triton_a(dh, x, seed, dropout_p, config=config)
+        da = dh.T @ x
+        # cut afterwards: with rows that are no multiple of 8, cuBLAS takes kernels of half the speed
+        return da if rank is None else da[:rank]
+    return triton_a(dh, x, seed, dropout_p, config=config, rank=rank)
 
 
 def lora_backward_input(
@@ -181,6 +228,8 @@ def lora_backward_input(
     dx = None if hopper is None else hopper.update_matmul(False, dy, w, dh, a, None, seed, dropout_p)
     if dx is not None:
         return dx
+    if dh.shape[1] != a.shape[0]:
+        a = filled_rows(a)
     config = pick_for("lora_backward_input", dy, a, dy.shape[1], a.shape[1], a.shape[0], seed)
     if config.CUBLAS:
         threshold = drop_threshold(dropout_p, seed)
@@ -213,14 +262,8 @@ def lora_backward(
         done = hopper.lora_backward([dy], x, [w], [a], [b], h, mask, [scale], seed, dropout_p, need_a, need_b)
         if done is not None:
             dx, da, (db,) = done
-            return dx, da, lora_backward_b(dy, h) if need_b and db is None else db
-    R = (h if b is None else b).shape[1]
-    needs = (need_x, need_a, need_b)
-    if not is_ragged([R], dy.numel()):
-        return _backward_in_passes(dy, x, w, a, b, h, scale, seed, dropout_p, *needs)
-    a, b, h = filled_rows(a), filled_columns(b), filled_columns(h)
-    dx, da, db = _backward_in_passes(dy, x, w, a, b, h, scale, seed, dropout_p, *needs)
-    return dx, *cut_rows([da], [R]), *cut_columns([db], [R])
+            return dx, da, _gradient_of_b(dy, h) if need_b and db is None else db
+    return _backward_in_passes(dy, x, w, a, b, h, scale, seed, dropout_p, need_x, need_a, need_b)
 
 
 def _backward_in_passes(
@@ -237,17 +280,23 @@ def _backward_in_passes(
     need_a: bool,
     need_b: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    # of ragged ranks dh has zeros beside it, and gradients are cut
     dx = da = db = dh = None
+    R = (h if b is None else b).shape[1]
+    ragged = is_ragged([R], dy.numel())
+    rank = R if ragged else None
+    if ragged and need_b:
+        h = wide_columns(h)
     if need_b and (need_x or need_a):
         dh, db = lora_backward_hidden_b(dy, b, h, scale)
     elif need_b:
-        db = lora_backward_b(dy, h)
+        db = _first_of_b(dy, h, rank)
     elif need_x or need_a:
-        dh = lora_backward_hidden(dy, b, scale)
+        dh = lora_backward_hidden(dy, filled_columns(b) if ragged else b, scale)
     if need_x:
         dx = lora_backward_input(dy, w, dh, a, seed, dropout_p)
     if need_a:
-        da = lora_backward_a(dh, x, seed, dropout_p)
+        da = _first_of_a(dh, x, seed, dropout_p, rank)
     return dx, da, db
 
 
@@ -261,6 +310,9 @@ _GROUP = Passes(
     lora_backward_a,
     lora_backward_input,
     Tensor.addmm_,
+    joint_outputs,
+    joint_input,
+    beside,
 )
 
 
@@ -282,6 +334,9 @@ def lora_group_forward(
     dropout_p: float,
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """See ``kernels.lora_group_forward``."""
+    if len(ws) == 1:
+        y, *kept = lora_forward(x, ws[0], a_list[0], b_list[0], biases[0], scales[0], seed, dropout_p)
+        return [y], *kept
     hopper = _hopper(x.device)
     if hopper is not None:
         done = hopper.lora_forward(x, ws, a_list, b_list, biases, scales, seed, dropout_p)
@@ -290,7 +345,7 @@ def lora_group_forward(
     ranks = [a.shape[0] for a in a_list]
     if not is_ragged(ranks, x.numel()):
         return _GROUP.forward(x, ws, a_list, b_list, biases, scales, seed, dropout_p)
-    a_list, b_list = [filled_rows(a) for a in a_list], [filled_columns(b) for b in b_list]
+    a_list = [filled_rows(a) for a in a_list]
     ys, h, mask = _GROUP.forward(x, ws, a_list, b_list, biases, scales, seed, dropout_p)
     parts = zip(h.split([a.shape[0] for a in a_list], 1), ranks, strict=True)
     return ys, torch.cat([part[:, :rank] for part, rank in parts], 1), mask
@@ -312,25 +367,29 @@ def lora_group_backward(
     need_b: list[bool],
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """See ``kernels.lora_group_backward``."""
+    if len(dys) == 1:
+        own = [column[0] if column else None for column in (ws, a_list, b_list)]
+        needs = (need_x, need_a[0], need_b[0])
+        dx, da, db = lora_backward(dys[0], x, *own, h, mask, scales[0], seed, dropout_p, *needs)
+        return dx, [da], [db]
     hopper = _hopper(b_list[0].device)
     if need_x and hopper is not None:
         done = hopper.lora_backward(
             dys, x, ws, a_list, b_list, h, mask, scales, seed, dropout_p, any(need_a), any(need_b)
         )
         if done is not None:
-            dx, da, dbs = done
-            R = a_list[0].shape[0]
+            (dx, da, dbs), R = done, a_list[0].shape[0]
             das = [None] * len(ws) if da is None else da.split(R)
             if any(need_b) and dbs[0] is None:
                 dbs = [lora_backward_b(dy, h[:, i * R : i * R + R]) for i, dy in enumerate(dys)]
             das = [grad if need else None for grad, need in zip(das, need_a, strict=True)]
             return dx, das, [grad if need else None for grad, need in zip(dbs, need_b, strict=True)]
-    needs = (need_x, need_a, need_b)
-    ranks = [b.shape[1] for b in b_list]
+    needs, ranks = (need_x, need_a, need_b), [b.shape[1] for b in b_list]
     if not is_ragged(ranks, max(dy.numel() for dy in dys if dy is not None)):
         return _GROUP.backward(dys, x, ws, a_list, b_list, h, mask, scales, seed, dropout_p, *needs)
-    a_list, b_list = [filled_rows(a) for a in a_list], [filled_columns(b) for b in b_list]
-    h = filled_columns(h, ranks)
+    a_list, h = [filled_rows(a) for a in a_list], filled_parts(h, ranks)
+    # the pass that makes dh and db at once takes b as it is; without need_x there is no a
+    b_list = [b if need and need_x else filled_columns(b) for b, need in zip(b_list, need_b, strict=True)]
     dx, das, dbs = _GROUP.backward(dys, x, ws, a_list, b_list, h, mask, scales, seed, dropout_p, *needs)
     return dx, cut_rows(das, ranks), cut_columns(dbs, ranks)
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import Launch, launch
 from ._tiles import wide
 
 
@@ -51,16 +52,20 @@ def _mask_kernel(
     tl.store(words_ptr + wide(pitch) * row + word, bits, mask=(row < rows) & (word < words))
 
 
+def _prepare(seed: Tensor, mask: Tensor, threshold: int, rows: int, words: int) -> Launch:
+    grid = (triton.cdiv(rows, 16), triton.cdiv(words, 64))
+    return Launch.of(_mask_kernel, grid)(
+        seed, mask, threshold, rows, words, words, BLOCK_ROWS=16, BLOCK_WORDS=64, num_warps=4,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+
+
 def dropout_mask(seed: Tensor, rows: int, cols: int, threshold: int) -> Tensor:
     """Return the mask of a (rows, cols) tensor as bits, int32 (rows, ceil(cols / 32)).
 
     Bit c of word j of a row says whether column 32·j + c is kept. Memory: rows·cols / 8 bytes.
     """
-    words = triton.cdiv(cols, 32)
+    words = -(-cols // 32)
     mask = torch.empty(rows, words, dtype=torch.int32, device=seed.device)
-    grid = (triton.cdiv(rows, 16), triton.cdiv(words, 64))
-    _mask_kernel[grid](
-        seed, mask, threshold, rows, words, words, BLOCK_ROWS=16, BLOCK_WORDS=64, num_warps=4,
-        enable_fp_fusion=True,
-    )  # fmt: skip
+    launch(_prepare, (seed,), threshold, rows, words, fresh=(mask,))
     return mask

@@ -18,6 +18,11 @@ class Passes(NamedTuple):
 
     output      (x, w, h, b, bias) -> y = x wᵀ + h bᵀ + bias
     add_input   (dx, dy, w) -> dx, to which dy w was added in place
+
+    and where there are such, those that serve all projections at once, or give None:
+    outputs     (x, ws, h, b_list, biases) -> every y
+    inputs      (dys, ws, dh, a, ranks, seed, dropout_p) -> dx = sum of dy w + drop(dh a), dh and a of all
+    beside      as torch.cat
     """
 
     lora_hidden: Callable[..., Tensor]
@@ -28,6 +33,9 @@ class Passes(NamedTuple):
     lora_backward_a: Callable[..., Tensor]
     lora_backward_input: Callable[..., Tensor]
     add_input: Callable[..., Tensor]
+    outputs: Callable[..., list[Tensor] | None] | None = None
+    inputs: Callable[..., Tensor | None] | None = None
+    beside: Callable[..., Tensor] = torch.cat
 
     def forward(
         self,
@@ -42,11 +50,14 @@ class Passes(NamedTuple):
     ) -> tuple[list[Tensor], Tensor, None]:
         """Return every ``y = x wᵀ + h bᵀ + bias``, (M, N), all ``h``, (M, sum of R), and no mask."""
         same = all(scale == scales[0] for scale in scales)
-        h = self.lora_hidden(x, _beside(a_list, 0), scales[0] if same else 1.0, seed, dropout_p)
+        h = self.lora_hidden(x, self._joined(a_list, 0), scales[0] if same else 1.0, seed, dropout_p)
         hs = h.split([a.shape[0] for a in a_list], 1)
         if not same:
             for own, scale in zip(hs, scales, strict=True):
                 own.mul_(scale)
+        ys = None if self.outputs is None else self.outputs(x, ws, h, b_list, biases)
+        if ys is not None:
+            return ys, h, None
         each = zip(ws, hs, b_list, biases, strict=True)
         return [self.output(x, w, own, b, bias) for w, own, b, bias in each], h, None
 
@@ -70,7 +81,8 @@ class Passes(NamedTuple):
 
         The first GEMM of the chain takes the update of all projections, under one mask; later ones add to dx.
         """
-        ranks = [b.shape[1] for b in b_list]
+        # of h and dh, in which b may have fewer
+        ranks = [t.shape[0] for t in a_list] or [b.shape[1] for b in b_list]
         hs = [None] * len(dys) if h is None else h.split(ranks, 1)
         need_dh = [dy is not None and (need_x or need) for dy, need in zip(dys, need_a, strict=True)]
         each = zip(dys, b_list, hs, scales, need_dh, need_b, strict=True)
@@ -78,17 +90,36 @@ class Passes(NamedTuple):
         dx, das = None, [None] * len(dys)
         if need_x:
             used = [i for i, need in enumerate(need_dh) if need]
-            dh, a = _beside([dhs[i] for i in used], 1), _beside([a_list[i] for i in used], 0)
-            dx = self.lora_backward_input(dys[used[0]], ws[used[0]], dh, a, seed, dropout_p)
-            for i in used[1:]:
-                dx = self.add_input(dx, dys[i], ws[i])
+            dh, a = self._joined([dhs[i] for i in used], 1), self._joined([a_list[i] for i in used], 0)
+            own = [dys[i] for i in used], [ws[i] for i in used]
+            dx = self._input(*own, dh, a, [ranks[i] for i in used], seed, dropout_p)
         if any(need_a):
             if not need_x or need_a != need_dh:
-                dh = _beside([dh for dh, need in zip(dhs, need_a, strict=True) if need], 1)
+                dh = self._joined([dh for dh, need in zip(dhs, need_a, strict=True) if need], 1)
             da = self.lora_backward_a(dh, x, seed, dropout_p)
             parts = iter(da.split([rank for rank, need in zip(ranks, need_a, strict=True) if need]))
             das = [next(parts) if need else None for need in need_a]
         return dx, das, list(dbs)
+
+    def _joined(self, tensors: list[Tensor], dim: int) -> Tensor:
+        return tensors[0] if len(tensors) == 1 else self.beside(tensors, dim)
+
+    def _input(
+        self,
+        dys: list[Tensor],
+        ws: list[Tensor],
+        dh: Tensor,
+        a: Tensor,
+        ranks: list[int],
+        seed: Tensor | None,
+        dropout_p: float,
+    ) -> Tensor:
+        dx = None if self.inputs is None else self.inputs(dys, ws, dh, a, ranks, seed, dropout_p)
+        if dx is None:
+            dx = self.lora_backward_input(dys[0], ws[0], dh, a, seed, dropout_p)
+            for dy, w in zip(dys[1:], ws[1:], strict=True):
+                dx = self.add_input(dx, dy, w)
+        return dx
 
     def _hidden_and_b(
         self,
@@ -103,10 +134,6 @@ class Passes(NamedTuple):
             return self.lora_backward_hidden_b(dy, b, h, scale)
         dh = self.lora_backward_hidden(dy, b, scale) if need_dh else None
         return dh, self.lora_backward_b(dy, h) if need_db else None
-
-
-def _beside(tensors: list[Tensor], dim: int) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 def _output(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:

@@ -72,10 +72,8 @@ def _pick_bitmap(M: int, N: int, K: int, facts: DeviceFacts) -> StreamConfig:
         return StreamConfig(ROWS=rows, num_warps=max(warps, 4) if rows == 32 else 4)
     if M <= 8:
         return StreamConfig(num_warps=warps, ahead=True)
-    # what all programs of a multiprocessor may have; with fewer than 144, two blocks beside x would spill
-    registers = 65536 // (32 * warps * programs) // 8 * 8
-    limit = 144 if 144 <= registers < 168 else None
-    return StreamConfig(num_warps=warps, ahead=registers >= 144, maxnreg=limit)
+    # a second block beside so much of x costs more than the loads ahead bring
+    return StreamConfig(num_warps=warps)
 
 
 @lru_cache(maxsize=64)

@@ -1,6 +1,7 @@
 """The public functions: check once, pick an implementation, call the autograd Function."""
 
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
@@ -126,23 +127,82 @@ def _fits(
 
     One look at each property, because they take as long as a launch otherwise.
     """
-    if not (type(scale) is float and type(dropout_p) is float and 0 <= dropout_p < 1):
-        return False
-    for t in (x, w, a, b):
-        if type(t) not in _PLAIN:
-            return False
-    size, size_w, size_a, size_b = x.shape, w.shape, a.shape, b.shape
-    if not (size and len(size_w) == len(size_a) == len(size_b) == 2):
-        return False
-    (N, K), (R, columns), device = size_w, size_a, x.device
+    # below, a compiler may see numbers of its own, which cannot be looked up
+    agree = _agree if torch.compiler.is_compiling() else _known_to_agree
     return (
-        size[-1] == K == columns
-        and size_b == (N, R)
-        and 1 <= R <= _MAX_RANK
+        type(scale) is float
+        and type(dropout_p) is float
+        and type(x) in _PLAIN
+        and type(w) in _PLAIN
+        and type(a) in _PLAIN
+        and type(b) in _PLAIN
+        and (bias is None or (type(bias) in _PLAIN and bias.shape == w.shape[:1] and bias.device == x.device))
+        and agree(x.shape, w.shape, a.shape, b.shape, x.device, w.device, a.device, b.device)
+        and 0 <= dropout_p < 1
         and -_LARGEST <= scale <= _LARGEST
-        and device == w.device == a.device == b.device
-        and (bias is None or (type(bias) in _PLAIN and bias.shape == (N,) and bias.device == device))
     )
+
+
+def _agree(
+    x: torch.Size,
+    w: torch.Size,
+    a: torch.Size,
+    b: torch.Size,
+    device: torch.device,
+    *others: torch.device,
+) -> bool:
+    """Whether tensors of these shapes and devices fit each other."""
+    if not (x and len(w) == len(a) == len(b) == 2):
+        return False
+    (N, K), (R, columns) = w, a
+    fit = x[-1] == K == columns and b == (N, R) and 1 <= R <= _MAX_RANK
+    return fit and all(device == other for other in others)
+
+
+_known_to_agree = lru_cache(maxsize=4096)(_agree)
+
+
+def _passes(impl: str, device: torch.device) -> ModuleType | None:
+    """Return the module of passes that the host has seen before, where there is one."""
+    on_gpu = impl == "auto" and device.type == "cuda"
+    return _implementation("auto").known_passes(device) if on_gpu else None
+
+
+def _known_pass(
+    x: Tensor,
+    ws: Sequence[Tensor],
+    a_list: Sequence[Tensor],
+    b_list: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    scales: tuple[float, ...],
+    dropout_p: float,
+    impl: str,
+) -> tuple[ModuleType | None, object | None]:
+    """Return the module of passes that the host has seen before, and that of such tensors, or None for both.
+
+    Those that it was made of were checked, so a call with the same has passed all checks.
+    """
+    if impl != "auto" or type(dropout_p) is not float or type(x) not in _PLAIN:
+        return None, None
+    if not x.is_cuda or is_traced(x):
+        return None, None
+    if torch.is_autocast_enabled("cuda") and x.dtype is not torch.get_autocast_dtype("cuda"):
+        return None, None
+    passes = _implementation(impl).known_passes(x.device)
+    if passes is None:
+        return None, None
+    for scale in scales:
+        if type(scale) is not float:
+            return None, None
+    found = passes.find_forward(x, ws, a_list, b_list, biases, scales, dropout_p)
+    return (None if found is None else passes), found
+
+
+def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
+    """Return what the mask of one call is drawn from, on the device of ``x``; None without dropout."""
+    if not dropout_p > 0:
+        return None
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
 
 
 def _autocast(
@@ -201,6 +261,10 @@ def lora_linear(
     Source: Hu et al. 2021, LoRA, eq. 3 (arXiv:2106.09685).
     """
     op = "lora_linear"
+    passes, found = _known_pass(x, (w,), (a,), (b,), (bias,), (scale,), dropout_p, impl)
+    if found is not None:
+        options = Options(scale, dropout_p, impl, _implementation(impl), passes, found)
+        return LoRALinearFunction.apply(x, w, a, b, bias, _seed(x, dropout_p), options)
     if impl not in _IMPLS or not _fits(x, w, a, b, bias, scale, dropout_p):
         _check_options(op, scale, dropout_p, impl)
         _check_shapes(op, x, w, a, b, bias)
@@ -210,10 +274,9 @@ def lora_linear(
         x, w, a, b, bias = _autocast(kind, x, w, a, b, bias)
     _check_dtypes(op, x, w, a, b, bias)
     impl, module = _pick_impl(op, impl, x)
-    seed = None
-    if dropout_p > 0:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    options = Options(scale, dropout_p, impl, module)
+    seed = _seed(x, dropout_p)
+    passes = None if module is None else _passes(impl, x.device)
+    options = Options(scale, dropout_p, impl, module, passes, None)
     if module is not None:
         return LoRALinearFunction.apply(x, w, a, b, bias, seed, options)
     # a compiler is better served by views of its own

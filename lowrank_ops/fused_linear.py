@@ -112,7 +112,11 @@ class FusedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return y (..., N) for x (..., K), in the dtype of x."""
         base = self._modules["base"]
-        w, bias = parameter(base, "weight"), parameter(base, "bias")
+        own = base._parameters
+        if "weight" in own and "bias" in own:
+            w, bias = own["weight"], own["bias"]
+        else:
+            w, bias = parameter(base, "weight"), parameter(base, "bias")
         if self._original is not None:
             return F.linear(x, w, bias)
         return self._update_forward(x, w, bias, self.dropout_p if self.training else 0.0)

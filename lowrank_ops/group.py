@@ -13,9 +13,14 @@ from .functional import (
     _check_options,
     _check_tensor,
     _fits,
+    _implementation,
+    _known_pass,
+    _passes,
     _pick_impl,
+    _seed,
 )
 from .ops.lora_group import LoRAGroupFunction
+from .ops.lora_linear import Options
 
 __all__ = ["lora_linear_group"]
 
@@ -67,30 +72,38 @@ def lora_linear_group(
     Source: Hu et al. 2021, LoRA, eq. 3 (arXiv:2106.09685); gradients derived in ops/lora_group.py.
     """
     _check_lengths(ws, a_list, b_list, biases, scales)
-    biases = [None] * len(ws) if biases is None else biases
+    biases = (None,) * len(ws) if biases is None else biases
+    passes, found = _known_pass(x, ws, a_list, b_list, biases, tuple(scales), dropout_p, impl)
+    if found is not None:
+        options = Options(tuple(scales), dropout_p, impl, _implementation(impl), passes, found)
+        return LoRAGroupFunction.apply(x, _seed(x, dropout_p), options, *ws, *a_list, *b_list, *biases)
     projections = list(zip(ws, a_list, b_list, biases, strict=True))
     fitting = [_fits(x, *each, scale, dropout_p) for each, scale in zip(projections, scales, strict=True)]
     if impl not in _IMPLS or not all(fitting):
         for i, scale in enumerate(scales):
             _check_options(_OP, scale, dropout_p, impl, f"scales[{i}]")
         _check_shapes(x, projections)
-    kind = "cuda" if x.is_cuda else x.device.type
+    kind, cast = "cuda" if x.is_cuda else x.device.type, []
     if kind != "meta" and torch.is_autocast_enabled(kind):
         cast = [_autocast(kind, x, *each) for each in projections]
         x, projections = cast[0][0], [each[1:] for each in cast]
     _check_dtypes(x, projections)
     impl, module = _pick_impl(_OP, impl, x)
-    seed = None
-    if dropout_p > 0:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    tensors = [t for column in zip(*projections, strict=True) for t in column]
+    seed = _seed(x, dropout_p)
+    columns = zip(*projections, strict=True) if cast else (ws, a_list, b_list, biases)
+    tensors = [t for column in columns for t in column]
     # a compiler is better served by views of its own
     rows = x if module is not None else x.flatten(0, -2) if x.dim() > 1 else x[None]
-    ys = LoRAGroupFunction.apply(rows, seed, (tuple(scales), dropout_p, impl, module), *tensors)
+    passes = None if module is None else _passes(impl, x.device)
+    options = Options(tuple(scales), dropout_p, impl, module, passes, None)
+    ys = LoRAGroupFunction.apply(rows, seed, options, *tensors)
     return ys if module is not None else tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
 def _check_lengths(ws: object, a_list: object, b_list: object, biases: object, scales: object) -> None:
+    P = len(ws) if type(ws) is tuple else 0
+    if P and all(type(own) is tuple and len(own) == P for own in (a_list, b_list, biases, scales)):
+        return
     lists = {"ws": ws, "a_list": a_list, "b_list": b_list, "biases": biases, "scales": scales}
     for name, value in lists.items():
         if not isinstance(value, (list, tuple)) and not (name == "biases" and value is None):

@@ -202,13 +202,11 @@ def _situation(layer: nn.Module, x: Tensor) -> tuple:
 def _state(layer: nn.Module) -> tuple[list[Tensor], list[int | bool | None]]:
     """Return the tensors that a layer's factors come from, and what tells whether one was changed."""
     base, adapter = layer._modules["base"], layer._modules["adapter"]
-    tensors, state = [], []
-    for t in (*base._parameters.values(), *adapter._parameters.values(), *adapter._buffers.values()):
-        if t is not None:
-            tensors.append(t)
-            # what inference mode made has no versions
-            state += (id(t), None if t.is_inference() else t._version, t.requires_grad)
-    return tensors, state
+    every = (*base._parameters.values(), *adapter._parameters.values(), *adapter._buffers.values())
+    tensors = [t for t in every if t is not None]
+    # what inference mode made has no versions
+    versions = [None if t.is_inference() else t._version for t in tensors]
+    return tensors, [*map(id, tensors), *versions, *[t.requires_grad for t in tensors]]
 
 
 def _outputs(

@@ -50,7 +50,7 @@ def passes(M: int, N: int, K: int, R: int, small: torch.dtype, shift: int, pitch
     threshold = 0 if seed is None else 6554
     yield _project._prepare, (x, a, seed, tensor(M, R, dtype=small)), (0.5, threshold, CONFIG)
     yield _project._prepare, (dy, b.T, None, tensor(M, R, dtype=small)), (0.5, 0, CONFIG)
-    yield _correlate._prepare, (x, h, seed, tensor(R, K, dtype=small)), (1, K, threshold, CONFIG)
+    yield _correlate._prepare, (x, h, seed, tensor(R, K, dtype=small)), (1, K, R, threshold, CONFIG)
     yield _sum_parts._prepare, (torch.zeros(3, M, R), tensor(M, R, dtype=small), None, None), ()
     for config in (CONFIG, DESCRIPTORS):
         y, dx = tensor(M, N), tensor(M, K, shift=shift)

@@ -32,4 +32,7 @@ class LoRA(Adapter):
         return adapter
 
     def factors(self, weight: Tensor) -> Factors:
+        own = self._parameters
+        if "a" in own and "b" in own:
+            return Factors(own["a"], own["b"], self.scale)
         return Factors(parameter(self, "a"), parameter(self, "b"), self.scale)
