@@ -89,6 +89,11 @@ class Tape(TorchDispatchMode):
         self._made: list[tuple[Tensor, bool]] = []
         self._launches: list[tuple[Any, list[int | None]]] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # or the first record imports torch._dynamo, which keeps the frames of all callers, with their x
+        return False
+
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         result = op(*args, **(kwargs or {}))
         if not self.complete:

@@ -2,6 +2,8 @@
 
 import ctypes
 import importlib
+import subprocess
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -186,3 +188,23 @@ def test_a_known_pass_leaves_tensors_off_16_bytes_to_others(calls):
     found = passes.find_forward(shifted, (w,), (a,), (b,), (None,), (0.5,), 0.0)
     assert found is not None
     assert passes.known_forward(found, shifted, (w, a, b, None), None) is None
+
+
+def test_a_record_does_not_import_the_compiler():
+    # whose import holds on to the frames of all callers, and to their tensors
+    code = (
+        "import sys, torch\n"
+        "from lowrank_ops.kernels._tape import Tape\n"
+        "with Tape() as tape:\n"
+        "    torch.empty(3).new_zeros(2)\n"
+        "sys.exit('torch._dynamo' in sys.modules or not tape.complete)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_record_that_is_given_up_holds_no_tensors():
+    with Tape() as tape:
+        kept = torch.empty(3)
+        assert [t.data_ptr() for t, _ in tape._made] == [kept.data_ptr()]
+        torch.ones(2).add_(1)
+    assert (tape._made, tape.complete) == ([], False)
