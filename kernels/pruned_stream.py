@@ -60,7 +60,7 @@ def _pick_two_four(M: int, N: int, K: int, facts: DeviceFacts) -> StreamConfig:
 
 
 def _pick_bitmap(M: int, N: int, K: int, facts: DeviceFacts) -> StreamConfig:
-    """No program waits for another to end: up to 16 warps a multiprocessor in all, as far as measured faster."""
+    """No program waits for another to end: up to 16 warps a multiprocessor in all."""
     # with more than 32 tokens, 32 rows would spill
     rows = 32 if 16 < M <= 32 else 16
     programs = triton.cdiv(triton.cdiv(N, rows), facts.processors)
