@@ -20,14 +20,16 @@ def _is_beyond(square, second, length, error, worst_error, depth):
     := |q| + t + e, and rounding took at most e_j of it: 2⁻¹¹ near + 2⁻²⁵ √K, and no more than of the worst
     point. Its computed squared distance is off by the sums' errors: of q·q_j, each step of 16 products may
     lose 2⁻²⁰ |q| near on tensor cores, which truncate; |q|² and |q_j|² are float32 sums of numbers that are
-    not negative. So the computed one is below (t + e + e_j)² + loss. All in float64.
+    not negative. So the computed one is below (t + e + e_j)² + loss. In float64.
     """
     near = length + second + error
     loss = depth * 2**-23 * length * near + (depth * 2**-33 + 2**-19) * (length * length + near * near)
-    error_other = tl.minimum(2**-11 * near + 2**-25 * tl.sqrt(depth), worst_error + 2**-23 * near)
-    reach = tl.sqrt(tl.maximum(square - loss, 0.0)) - error - error_other
+    # roots are of float32: those of float64 are calls, with a stack
+    root = tl.sqrt_rn(depth.to(tl.float32)).to(tl.float64) * (1 + 2**-20)
+    error_other = tl.minimum(2**-11 * near + 2**-25 * root, worst_error + 2**-23 * near)
     # the factor is for the rounding of second itself
-    return (second == 0) | (reach >= second * (1 + 2**-16))
+    reach = second * (1 + 2**-16) + error + error_other
+    return (second == 0) | (square - loss >= reach * reach)
 
 
 @triton.jit
@@ -61,7 +63,7 @@ def _measure_kernel(
     keys = tl.load(keys_ptrs, mask=offs_share < shares, other=infinite)
     # all points below the largest key of their share are in it
     limit = tl.min(tl.max(keys, 1), 0)
-    length = tl.sqrt(tl.load(square_ptr + row).to(tl.float64)) * (1 + 2**-16)
+    length = tl.sqrt_rn(tl.load(square_ptr + row)).to(tl.float64) * (1 + 2**-16)
     # float32 rounds a centred point too, before float16 does
     error = tl.load(error_ptr + row).to(tl.float64) * (1 + 2**-14) + 2**-23 * length
     worst_error, long = tl.load(worst_error_ptr).to(tl.float64) * (1 + 2**-14), depth.to(tl.float64)

@@ -26,7 +26,7 @@ class ScreenConfig:
     KEPT: int = 8
     EARLY: bool = True
     PROGRAMS: int = 12
-    BLOCK_MEASURE: int = 1024
+    BLOCK_MEASURE: int = 2048
     BLOCK_M: int = 128
     BLOCK_N: int = 128
     BLOCK_K: int = 64
