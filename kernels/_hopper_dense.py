@@ -17,6 +17,7 @@ from ._gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from ._hopper_draw import _philox
 from ._hopper_gemm import _forward_producer, _gemm_end, _side_end, _side_forward_producer, _tile_at
 from ._hopper_roles import _accumulate
 from ._hopper_sides import _masked_side_sum, _raise_flag, _side_sum
@@ -33,27 +34,6 @@ def _gelu(z):
     p = p * t - 0.142248368
     p = p * t + 0.127414796
     return gl.maximum(z, 0.0) - size * (p * t * gl.exp2(-0.72134752 * z * z))
-
-
-@gluon.jit
-def _philox(seed, c0, c1):
-    """Philox-4x32-7 at counter (c0, c1, 0, 0), as tl.philox, with both halves of a product at once."""
-    k0 = seed.to(gl.uint32)
-    k1 = (seed >> 32).to(gl.uint32)
-    c0 = c0.to(gl.uint32)
-    c1 = c1.to(gl.uint32)
-    c2 = c0 & 0
-    c3 = c2
-    for _ in gl.static_range(7):
-        left = c0.to(gl.uint64) * 0xD2511F53
-        right = c2.to(gl.uint64) * 0xCD9E8D57
-        c0 = (right >> 32).to(gl.uint32) ^ c1 ^ k0
-        c1 = right.to(gl.uint32)
-        c2 = (left >> 32).to(gl.uint32) ^ c3 ^ k1
-        c3 = left.to(gl.uint32)
-        k0 += 0x9E3779B9
-        k1 += 0xBB67AE85
-    return c0, c1, c2, c3
 
 
 @gluon.jit
