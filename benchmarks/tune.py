@@ -2,9 +2,9 @@
 
 Every candidate is first compared with the reference, then timed as ``benchmarks.run`` times; the fastest
 few of each launch are timed again in the same rounds, because a GPU's clock drifts, and cuBLAS with them.
-Writes a JSON list of rows after each launch, and with ``--table`` the winning GEMMs in the form of
-``kernels/_tables/ARCH.json``. The skinny passes have no table: their rows are what the heuristics of
-``kernels/_config.py`` are read from.
+Writes a JSON list of rows after each launch, and with ``--table`` the winning GEMMs into this GPU's table,
+ARCH.json or ARCH-PRODUCT.json, whose other rows stay. The skinny passes have no table: their rows are what
+the heuristics of ``kernels/_config.py`` are read from.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowrank_ops import kernels, reference
-from lowrank_ops.kernels import TileConfig
+from lowrank_ops.kernels import DeviceFacts, TileConfig
+from lowrank_ops.kernels._config import TABLES, device_facts, pick, table_names
 from lowrank_ops.testing import error_ratio
 
 from .case import Layer
@@ -32,7 +33,18 @@ from .isolation import FAILURES
 from .results import write_atomic
 from .timing import Call, Graphs, calls_needed, copies_needed, interleave
 
-__all__ = ["OPS", "Shape", "candidates", "main", "sweep", "table", "table_key", "time_config", "winners"]
+__all__ = [
+    "OPS",
+    "Shape",
+    "candidates",
+    "main",
+    "measured_on",
+    "sweep",
+    "table_key",
+    "time_config",
+    "winners",
+    "write_table",
+]
 
 OPS = ("lora_hidden", "lora_forward", "lora_backward_hidden_b", "lora_backward_a", "lora_backward_input")
 _GEMMS = ("lora_forward", "lora_backward_input")
@@ -159,8 +171,10 @@ def _exact(arguments: tuple[object, ...]) -> tuple[object, ...]:
     return tuple(t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in arguments)
 
 
-def _as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
+def _as_tuple(result: Tensor | tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    # no mask is kept without dropout
+    results = result if isinstance(result, tuple) else (result,)
+    return tuple(t for t in results if t is not None)
 
 
 class Launch:
@@ -226,11 +240,17 @@ def sweep(op: str, shape: Shape, deadline: float, limit: int | None) -> list[dic
     """Time candidates until ``deadline`` (of time.monotonic) and return a row each.
 
     Args:
-        limit: take at most this many, evenly spread over the list; None takes all.
+        limit: take about this many, evenly spread over the list, and of a GEMM what ``pick`` takes now; None
+            takes all.
     """
     launch, rows = Launch(op, shape), []
     tries = candidates(op, shape)
     tries = tries[:: max(1, len(tries) // limit)] if limit else tries
+    if op in _GEMMS:
+        # what runs now is one of them, whatever the limit
+        sizes = (shape.M, shape.N, shape.K, shape.R, torch.bfloat16, device_facts(torch.device("cuda", 0)))
+        now = replace(pick(op, *sizes, dropout=shape.dropout_p > 0), CUBLAS=False)
+        tries = [now, *[config for config in tries if config != now]]
     for config in tqdm(tries, desc=table_key(op, shape), leave=False):
         if time.monotonic() > deadline:
             break
@@ -258,11 +278,22 @@ def winners(rows: list[dict]) -> dict[str, dict]:
     return found
 
 
-def table(rows: list[dict]) -> dict[str, object]:
-    """Return the winning GEMMs as ``kernels/_tables/ARCH.json`` has them."""
+def measured_on() -> str:
+    """Return what a table says of how its rows were measured."""
     found = environment("cuda")
-    measured = f"{found['gpu']}, torch {found['torch']}, Triton {found['triton']}, bfloat16, {found['date']}"
-    return {"measured": measured, "rows": winners([row for row in rows if row["op"] in _GEMMS])}
+    return f"{found['gpu']}, torch {found['torch']}, Triton {found['triton']}, bfloat16, {found['date']}"
+
+
+def write_table(folder: Path, facts: DeviceFacts, rows: dict[str, dict], **notes: str) -> Path:
+    """Put ``rows`` and ``notes`` into the table of a device, whose other rows stay; return its path.
+
+    It is the last of ``table_names``, as in ``kernels/_tables``, and may not exist yet.
+    """
+    path = folder / table_names(facts)[-1]
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": {}}
+    found |= notes | {"rows": dict(sorted((found["rows"] | rows).items()))}
+    write_atomic(path, json.dumps(found, indent=1) + "\n")
+    return path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -276,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="candidates a launch")
     parser.add_argument("--seconds", type=float, default=540.0, help="budget of the sweep")
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
-    parser.add_argument("--table", type=Path, help="JSON file of the winning GEMMs")
+    parser.add_argument("--table", type=Path, nargs="?", const=TABLES, help="folder; default: the package's")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         sys.stderr.write("benchmarks: tuning needs a GPU that torch can see\n")
@@ -294,7 +325,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.cuda.empty_cache()
         write_atomic(args.out, json.dumps(rows, indent=1) + "\n")
         if args.table:
-            write_atomic(args.table, json.dumps(table(rows), indent=1) + "\n")
+            won = winners([row for row in rows if row["op"] in _GEMMS])
+            write_table(args.table, device_facts(torch.device("cuda", 0)), won, measured=measured_on())
     for key, config in winners(rows).items():
         sys.stdout.write(f"{key}: {config}\n")
     return 0

@@ -374,6 +374,12 @@ def test_tuned_tiles_are_found_by_pick(tune, monkeypatch):
     _config.pick.cache_clear()
 
 
+def test_tuning_compares_what_a_forward_pass_returns_without_a_mask(tune):
+    shape = tune.Shape(24, 40, 32, 4)
+    arguments = tune._arguments("lora_forward", shape, torch.float32, torch.Generator().manual_seed(0))
+    assert [t.shape for t in tune._as_tuple(reference.lora_forward(*arguments))] == [(24, 40), (24, 4)]
+
+
 # lora_forward is left out: its h comes from a kernel on either side
 @pytest.mark.parametrize(
     "op", ["lora_hidden", "lora_backward_hidden_b", "lora_backward_a", "lora_backward_input"]
