@@ -10,8 +10,11 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
+from ._costs import few_tiles, loses, split_in_rounds, triton_time
+
 __all__ = [
     "OPS",
+    "TABLES",
     "DeviceFacts",
     "TileConfig",
     "aligned",
@@ -22,12 +25,16 @@ __all__ = [
     "measured_rows",
     "pick",
     "pick_for",
+    "product_of",
     "small_tiles",
+    "table_names",
     "tl_type",
 ]
 
 OPS = ("lora_hidden", "lora_forward", "lora_backward_hidden_b", "lora_backward_a", "lora_backward_input")
 
+# whose memory differs from that of the GPU that their architecture's table was measured on
+_PRODUCTS = ("H200",)
 _TL_TYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -48,10 +55,14 @@ def interpreted() -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceFacts:
-    """What a choice of tiles depends on: architecture ("sm90", "gfx942", "cpu") and multiprocessors."""
+    """What a choice of tiles depends on: architecture ("sm90", "gfx942", "cpu") and multiprocessors.
+
+    product is the model where it has a table of its own, else "", as on an H100, which sm90's table is of.
+    """
 
     arch: str
     processors: int
+    product: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +113,15 @@ def device_facts(device: torch.device) -> DeviceFacts:
             arch=properties.gcnArchName.split(":")[0], processors=properties.multi_processor_count
         )
     return DeviceFacts(
-        arch=f"sm{properties.major}{properties.minor}", processors=properties.multi_processor_count
+        arch=f"sm{properties.major}{properties.minor}",
+        processors=properties.multi_processor_count,
+        product=product_of(properties.name),
     )
+
+
+def product_of(name: str) -> str:
+    """Return the model in a GPU's name, "" for one without a table of its own."""
+    return next((word for word in name.split() if word in _PRODUCTS), "")
 
 
 def tl_type(dtype: torch.dtype, accumulate: bool = False) -> tl.dtype:
@@ -148,28 +166,18 @@ def _split(blocks: int, steps: int, programs: int) -> int:
     return max(1, min(round(programs / max(blocks, 1)), steps, 32))
 
 
-def _split_in_rounds(blocks: int, out: int, depth: int, steps: int, facts: DeviceFacts) -> int:
-    """Return how many programs share a sum of ``steps`` blocks where a multiprocessor runs two at a time.
+def _gemm(
+    op: str, rows: int, dtype: torch.dtype, large: bool, crowded: bool, facts: DeviceFacts
+) -> TileConfig:
+    """Return tiles for a GEMM of so many rows; ``crowded``: float32 adapters and a mask want registers.
 
-    What counts is rounds of programs: one of half the programs or fewer takes about two thirds of a full one.
-    A part, ``out`` elements of sums over ``depth``, is written and read again.
+    ``large``: the largest tiles, which are enough to keep the multiprocessors busy.
     """
-
-    def cost(split: int) -> float:
-        rounds, left = divmod(blocks * split, 2 * facts.processors)
-        last = 0 if not left else 0.65 if left <= facts.processors else 1
-        return (rounds + last) / split + (split > 1) * (0.05 + 1.3e-4 * split * out / depth)
-
-    return min(range(1, max(1, min(steps, 8)) + 1), key=cost)
-
-
-def _gemm(op: str, rows: int, dtype: torch.dtype, crowded: bool, facts: DeviceFacts) -> TileConfig:
-    """Return tiles for a GEMM of so many rows; ``crowded``: float32 adapters and a mask want registers."""
     if dtype.itemsize > 2:
         return TileConfig(BLOCK_ROWS=32, BLOCK_COLS=32, BLOCK_DEPTH=32, CUBLAS=True, num_stages=2)
     # measured on sm90 alone; elsewhere cuBLAS plus one pass is the safe choice
     measured = facts.arch == "sm90"
-    if rows >= 1024 and measured:
+    if large and measured:
         rows, cols = (256, 128) if crowded else (128, 256)
         return TileConfig(
             BLOCK_ROWS=rows, BLOCK_COLS=cols, BLOCK_DEPTH=64, PERSISTENT=1, DESCRIPTORS=True, num_warps=8
@@ -224,16 +232,18 @@ def _hidden(
         rows, deep, stages = (32, 128, 3) if M >= 1024 else (16, 256, 3)
     else:
         rows, deep, stages = 64, 128, 5
-    split = _split(triton.cdiv(M, rows) * triton.cdiv(R, 64), triton.cdiv(depth, 2 * deep), programs)
+    # of three steps a second launch would take longer than two of them
+    steps = 1 if depth <= 3 * deep and not wide else triton.cdiv(depth, 2 * deep)
+    split = _split(triton.cdiv(M, rows) * triton.cdiv(R, 64), steps, programs)
     if rows == 128:
-        blocks, steps = triton.cdiv(M, rows) * triton.cdiv(R, 32), triton.cdiv(depth, 2 * deep)
-        split = _split_in_rounds(blocks, M * R, depth, steps, facts)
+        blocks = triton.cdiv(M, rows) * triton.cdiv(R, 32)
+        split = split_in_rounds(blocks, M * R, depth, steps, facts.processors)
     return TileConfig(
         BLOCK_ROWS=rows,
         BLOCK_COLS=0,
         BLOCK_DEPTH=deep,
         SPLIT=split,
-        CUBLAS=R > 32 or 16 < M <= 512 or dtype.itemsize > 2,
+        CUBLAS=R > 32 or 16 < M <= 4096 or dtype.itemsize > 2,
         num_warps=warps,
         num_stages=stages,
     )
@@ -263,15 +273,19 @@ def _columns(
         leave = leave or M <= 512
     elif cols >= 2048:
         rows, width, warps = (32, 512, 4) if M >= 8192 else (64, 256, 8)
-        leave = leave or (M <= 512 and cols > 8192)
+        leave = leave or (M <= 2048 and cols > 8192)
     else:
         rows, width, warps = 64, 128, 8
+    if op == "lora_backward_hidden_b" and not wide:
+        # one read of dy in place of two: of so few rows both come from the cache
+        leave = leave or M <= (256 if R % 16 else 128)
     if wide and dtype is not torch.bfloat16:
         warps = 8
     blocks, steps = triton.cdiv(cols, width), triton.cdiv(M, 2 * rows)
     if most == 64:
         # of a last block of no more than 32 ranks the kernel takes half
-        split = _split_in_rounds(triton.cdiv(blocks * triton.cdiv(R, 32), 2), cols * R, M, steps, facts)
+        half = triton.cdiv(blocks * triton.cdiv(R, 32), 2)
+        split = split_in_rounds(half, cols * R, M, steps, facts.processors)
     else:
         split = _split(blocks * triton.cdiv(R, 64), steps, programs)
     tiles = TileConfig(BLOCK_ROWS=rows, BLOCK_COLS=width, BLOCK_DEPTH=0, num_warps=warps)
@@ -292,11 +306,20 @@ _INTERPRETED = {
 }
 
 
+TABLES = Path(__file__).parent / "_tables"
+
+
+def table_names(facts: DeviceFacts) -> list[str]:
+    """Return the file names of a device's tables: of its architecture, then of its product if it has one."""
+    return [f"{'-'.join(words)}.json" for words in ([facts.arch], [facts.arch, facts.product]) if words[-1]]
+
+
 @cache
-def measured_rows(arch: str) -> dict[str, dict]:
-    """Return the rows of an architecture's table, by launch and sizes."""
-    path = Path(__file__).parent / "_tables" / f"{arch}.json"
-    return json.loads(path.read_text())["rows"] if path.exists() else {}
+def measured_rows(facts: DeviceFacts) -> dict[str, dict]:
+    """Return the rows of a device's tables, by launch and sizes: its product's where there is one."""
+    paths = [TABLES / name for name in table_names(facts)]
+    found = [json.loads(path.read_text())["rows"] for path in paths if path.exists()]
+    return {key: row for rows in found for key, row in rows.items()}
 
 
 @lru_cache(maxsize=4096)
@@ -323,16 +346,21 @@ def pick(
     if facts.arch == "cpu":
         return _INTERPRETED[op]
     gemm = op in ("lora_forward", "lora_backward_input")
-    # with few tiles, more ranks cost the fused kernel more than a pass of their own
-    few = gemm and R > 32 and 16 < M and M * (N if op == "lora_forward" else K) <= 2**21
+    cols, depth = (N, K) if op == "lora_forward" else (K, N)
+    product = M, cols, depth, facts.processors
+    few = gemm and few_tiles(op == "lora_forward", M, cols, R, facts.processors)
     if gemm and dtype.itemsize == 2 and R <= 64:
-        row = measured_rows(facts.arch).get(f"{op} M={1 << max(M - 1, 0).bit_length()} N={N} K={K}")
+        most = 1 << max(M - 1, 0).bit_length()
+        row = measured_rows(facts).get(f"{op} M={most} N={N} K={K}")
         if row is not None and not (wide and dropout):
-            return TileConfig(**row | {"CUBLAS": row.get("CUBLAS", False) or few})
+            config = TileConfig(**row)
+            few = few or (M < most and loses((config.BLOCK_ROWS, config.BLOCK_COLS), *product))
+            return replace(config, CUBLAS=config.CUBLAS or few)
     wide = wide or dtype.itemsize > 2
     if gemm:
-        config = _gemm(op, M, dtype, wide and dropout, facts)
-        small = N * K < 2**22
+        large = M >= 1024 and triton_time((128, 256), *product) <= triton_time((128, 128), *product)
+        config = _gemm(op, M, dtype, large, wide and dropout, facts)
+        small = N * K < 2**22 or loses((config.BLOCK_ROWS, config.BLOCK_COLS), *product)
     elif op == "lora_hidden":
         config = _hidden(M, K, R, dtype, wide, dropout, facts)
         small = K < 2048

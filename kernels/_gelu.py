@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ._tiles import keep_words
+
 
 @triton.jit
 def _tail(z):
@@ -59,11 +61,6 @@ def gelu_slope(z, FAST: tl.constexpr):
 
 @triton.jit
 def keep_elements(seed, row, col, threshold):
-    """The mask of reference.dropout_keep at any elements, each with a call of Philox of its own."""
-    row, col = row.to(tl.int32), col.to(tl.int32)
-    zero = tl.zeros_like(row)
-    w0, w1, w2, w3 = tl.philox(seed, col // 32 * 4 + col % 8 // 2, row, zero, zero, n_rounds=7)
-    j = col % 32 // 8
-    word = tl.where(j < 2, tl.where(j == 0, w0, w1), tl.where(j == 2, w2, w3))
-    half = tl.where(col % 2 == 0, word & 0xFFFF, word >> 16)
-    return half.to(tl.int32) >= threshold
+    """The mask of reference.dropout_keep at any elements, each with a word of its own."""
+    words = keep_words(seed, row, col // 32, threshold)
+    return (words >> (col % 32).to(tl.uint32) & 1) != 0

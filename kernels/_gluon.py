@@ -13,6 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 __all__ = [
     "TensorDescriptor",
+    "boxes_from",
     "fence_async_shared",
     "gl",
     "gluon",
@@ -34,3 +35,17 @@ reinterpret = (
     getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 )
 thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+
+
+if hasattr(gl.shared_memory_descriptor, "reinterpret"):
+
+    @gluon.jit
+    def boxes_from(bufs, first: gl.constexpr, count: gl.constexpr):
+        """Shared memory of ``count`` boxes from the first on, to be reinterpreted."""
+        return bufs.slice(first, count)
+
+else:
+    # older releases take no slice here, and do not mind a view that is larger than its box
+    @gluon.jit
+    def boxes_from(bufs, first: gl.constexpr, count: gl.constexpr):
+        return bufs.index(first)

@@ -7,6 +7,7 @@ behind the sums over K, as LoRA's are.
 """
 
 from ._gluon import (
+    boxes_from,
     fence_async_shared,
     gl,
     gluon,
@@ -17,8 +18,15 @@ from ._gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from ._hopper_draw import _philox
-from ._hopper_gemm import _forward_producer, _gemm_end, _side_end, _side_forward_producer, _tile_at
+from ._hopper_draw import begin, byte_tops, keep_words, rows_begun
+from ._hopper_gemm import (
+    _forward_producer,
+    _gemm_end,
+    _side_end,
+    _side_forward_producer,
+    _side_steps,
+    _tile_at,
+)
 from ._hopper_roles import _accumulate
 from ._hopper_sides import _masked_side_sum, _raise_flag, _side_sum
 
@@ -38,42 +46,52 @@ def _gelu(z):
 
 @gluon.jit
 def _fourths(tile):
-    """The four columns' tensors of (ROWS, COLS, 4)."""
-    even, odd = tile.reshape([tile.shape[0], tile.shape[1], 2, 2]).split()
+    """The four tensors of the last index of (…, 4)."""
+    even, odd = tile.reshape(tile.shape[:-1] + [2, 2]).split()
     t0, t2 = even.split()
     t1, t3 = odd.split()
     return t0, t1, t2, t3
 
 
 @gluon.jit
+def _kept(z, even, byte: gl.constexpr):
+    """z where the top bit of a byte is set, else zero."""
+    asm: gl.constexpr = "{ .reg .b32 all; prmt.b32 all, $2, 0, " + byte + "; and.b32 $0, $1, all; }"
+    return gl.inline_asm_elementwise(asm, "=f,f,r", [z, even], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def _drop(z, seed, row, col, threshold):
-    """z where the mask of _tiles.keep_tile keeps it, else zero; a thread makes the bits of what it holds."""
+    """z, (ROWS, 64), where the mask keeps it, else zero; see _hopper_draw."""
     ROWS: gl.constexpr = z.shape[0]
-    COLS: gl.constexpr = z.shape[1]
-    groups = z.reshape([ROWS, COLS // 32, 4, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([ROWS, COLS // 8, 4, 2])
-    LAYOUT: gl.constexpr = _fourths(groups.split()[0])[0].type.layout
-    r = row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))[:, None]
-    c = col // 8 + gl.arange(0, COLS // 8, gl.SliceLayout(0, LAYOUT))[None, :]
-    zero = gl.zeros((ROWS, COLS // 8), gl.int32, LAYOUT)
-    w0, w1, w2, w3 = _philox(seed, zero + c, zero + r)
-    words = gl.join(gl.join(w0, w2), gl.join(w1, w3))
-    halves = gl.join(words & 0xFFFF, words >> 16).to(gl.int32)
-    halves = halves.reshape([ROWS, COLS // 32, 4, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([ROWS, COLS])
-    return gl.where(gl.convert_layout(halves, z.type.layout) >= threshold, z, 0.0)
+    WORDS: gl.constexpr = z.shape[1] // 32
+    # (row, word, t, column of two, j)
+    split = z.reshape([ROWS, WORDS, 4, 4, 2]).permute((0, 1, 3, 4, 2))
+    PAIRS: gl.constexpr = z.reshape([ROWS, WORDS * 16, 2]).split()[0].type.layout
+    r, w, begun = begin(ROWS, WORDS * 16, PAIRS, seed, row)
+    words = keep_words(seed, threshold, w + col // 32, begun)
+    even, odd = byte_tops(words, ROWS, WORDS)
+    tops = gl.convert_layout(gl.join(even, odd), gl.SliceLayout(4, split.type.layout))
+    z0, z1, z2, z3 = _fourths(split)
+    z0 = _kept(z0, gl.convert_layout(tops, z0.type.layout), "0x8888")
+    z1 = _kept(z1, gl.convert_layout(tops, z1.type.layout), "0x9999")
+    z2 = _kept(z2, gl.convert_layout(tops, z2.type.layout), "0xAAAA")
+    z3 = _kept(z3, gl.convert_layout(tops, z3.type.layout), "0xBBBB")
+    kept = gl.join(gl.join(z0, z2), gl.join(z1, z3)).reshape([ROWS, WORDS, 4, 2, 4]).permute((0, 1, 4, 2, 3))
+    return gl.convert_layout(kept.reshape([ROWS, z.shape[1]]), z.type.layout)
 
 
 @gluon.jit
 def _drop_elements(t, seed, row, threshold):
-    """t where the mask keeps it, else zero, each element with a call of Philox of its own."""
+    """t where the mask keeps it, else zero; at most 64 columns. A lane draws all words of its rows."""
     layout: gl.constexpr = t.type.layout
-    zero = gl.zeros(t.shape, gl.int32, layout)
-    r = zero + (row + gl.arange(0, t.shape[0], gl.SliceLayout(1, layout))[:, None])
-    c = zero + gl.arange(0, t.shape[1], gl.SliceLayout(0, layout))[None, :]
-    w0, w1, w2, w3 = _philox(seed, c // 32 * 4 + c % 8 // 2, r)
-    j = c % 32 // 8
-    word = gl.where(j < 2, gl.where(j == 0, w0, w1), gl.where(j == 2, w2, w3))
-    half = gl.where(c % 2 == 0, word & 0xFFFF, word >> 16).to(gl.int32)
-    return gl.where(half >= threshold, t, 0.0)
+    rows = row + gl.arange(0, t.shape[0], gl.SliceLayout(1, layout))
+    begun = rows_begun(seed, rows)
+    col = gl.arange(0, t.shape[1], gl.SliceLayout(0, layout))[None, :]
+    words = keep_words(seed, threshold, rows * 0, begun)[:, None]
+    if t.shape[1] > 32:
+        words = gl.where(col < 32, words, keep_words(seed, threshold, rows * 0 + 1, begun)[:, None])
+    return gl.where((words >> (col & 31)) & 1 == 1, t, 0.0)
 
 
 @gluon.jit
@@ -84,7 +102,7 @@ def _side_hidden(
 ):  # fmt: skip
     """u = drop(x) encoderᵀ and h = drop(g(u)), a block of rows at a time."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_R, 16])
-    steps = gl.cdiv(K, SIDE_COLS)
+    steps = _side_steps(K, SIDE_COLS)
     step = 0
     for block in range(gl.program_id(0), _side_end(M, SIDES, SIDE_ROWS), SIDES):
         row = block * SIDE_ROWS
@@ -180,16 +198,18 @@ def _dense_consumer(
 def _copy_role(
     x, w, encoder, factor, hid, l_bufs, r_bufs, empty, full, flags_ptr, M, N, K, R,
     SIDES: gl.constexpr, GROUP_M: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_K: gl.constexpr, BLOCK_R: gl.constexpr,
+    SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     if SIDES > 0:
+        small = reinterpret(l_bufs, encoder.dtype, [RING, BLOCK_R, SIDE_COLS], encoder.layout)
         _side_forward_producer(
-            x, encoder, encoder, encoder, l_bufs, r_bufs, empty, full, 0, M, K,
-            SIDES, 1, 1, SIDE_ROWS, SIDE_COLS, STAGES,
+            x, encoder, encoder, encoder, small, r_bufs, empty, full, M, K,
+            SIDES, 1, 1, SIDE_ROWS, SIDE_COLS, RING,
         )  # fmt: skip
     _forward_producer(
         x, w, w, w, factor, factor, factor, hid, l_bufs, r_bufs, empty, full, flags_ptr,
-        0, M, N, 0, 0, K, R, SIDES, 1, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K, SIDE_ROWS, STAGES,
+        M, N, 0, 0, K, R, SIDES, 1, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K, SIDE_ROWS, STAGES,
     )  # fmt: skip
 
 
@@ -199,12 +219,13 @@ def _compute_role(
     bias_ptr, u_ptr, h_ptr, flags_ptr, words_ptr, pitch, seed_ptr, M, N, K, R, scale, threshold, keep_scale,
     GELU: gl.constexpr, BIAS: gl.constexpr, DROP: gl.constexpr, SIDES: gl.constexpr, GROUP_M: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_R: gl.constexpr,
-    SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
+    SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     if SIDES > 0:
+        small = reinterpret(l_bufs, encoder.dtype, [RING, BLOCK_R, SIDE_COLS], encoder.layout)
         _side_hidden(
-            x, encoder, l_bufs, r_bufs, empty, full, u_ptr, h_ptr, flags_ptr, words_ptr, pitch, seed_ptr,
-            M, K, R, threshold, keep_scale, GELU, DROP, SIDES, BLOCK_R, SIDE_ROWS, SIDE_COLS, STAGES,
+            x, encoder, small, r_bufs, empty, full, u_ptr, h_ptr, flags_ptr, words_ptr, pitch, seed_ptr,
+            M, K, R, threshold, keep_scale, GELU, DROP, SIDES, BLOCK_R, SIDE_ROWS, SIDE_COLS, RING,
         )  # fmt: skip
     _dense_consumer(
         out, hid, factor, l_bufs, r_bufs, y_buf, empty, full, bias_ptr, seed_ptr, M, N, K, scale * keep_scale,
@@ -218,7 +239,8 @@ def hopper_dense_kernel(
     M, N, K, R, scale, threshold, keep_scale,
     GELU: gl.constexpr, BIAS: gl.constexpr, DROP: gl.constexpr, SIDES: gl.constexpr, GROUP_M: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_R: gl.constexpr,
-    SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+    SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """out = x wᵀ + bias + scale·drop₃(g(h factorᵀ)), h = drop₂(g(u)), u = drop₁(x) encoderᵀ
 
@@ -229,15 +251,19 @@ def hopper_dense_kernel(
               tiles at a time. One warp copies, eight compute.
     Numerics  16-bit products summed in float32; u and h rounded once; a zero factor adds exactly zero.
     Traffic   x once more from L2 or memory, beside what the GEMM reads.
-    Requires  rows on multiples of 16 bytes; R ≤ 64; BLOCK_N = 256.
+    Requires  rows on multiples of 16 bytes; R ≤ 64; BLOCK_N = 256; RING, stages of side programs, as in
+              hopper_kernel.
     """
     flags_ptr = flags_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
     l_bufs = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_type.shape, x.layout)
-    r_bufs = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_type.shape, w.layout)
-    y_buf = gl.allocate_shared_memory(out.dtype, [BLOCK_N // 64] + out.block_type.shape, out.layout)
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
+    # what is on its way out has the place of stages that side programs, without output, use as such
+    BOXES: gl.constexpr = [STAGES + BLOCK_M // BLOCK_K] + w.block_type.shape
+    r_bufs = gl.allocate_shared_memory(w.dtype, BOXES, w.layout)
+    y_buf = boxes_from(r_bufs, STAGES, BLOCK_M // BLOCK_K)
+    y_buf = reinterpret(y_buf, out.dtype, [BLOCK_N // 64] + out.block_type.shape, out.layout)
+    empty = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(RING):
         mbarrier.init(empty.index(i), count=1)
         mbarrier.init(full.index(i), count=1)
     fence_async_shared()
@@ -247,11 +273,11 @@ def hopper_dense_kernel(
                 x, encoder, factor, out, hid, l_bufs, r_bufs, y_buf, empty, full,
                 bias_ptr, u_ptr, h_ptr, flags_ptr, words_ptr, pitch, seed_ptr,
                 M, N, K, R, scale, threshold, keep_scale, GELU, BIAS, DROP, SIDES, GROUP_M,
-                BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, SIDE_ROWS, SIDE_COLS, STAGES,
+                BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, SIDE_ROWS, SIDE_COLS, STAGES, RING,
             )),
             (_copy_role, (
                 x, w, encoder, factor, hid, l_bufs, r_bufs, empty, full, flags_ptr, M, N, K, R,
-                SIDES, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K, SIDE_ROWS, SIDE_COLS, STAGES,
+                SIDES, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, SIDE_ROWS, SIDE_COLS, STAGES, RING,
             )),
         ],
         [1],

@@ -57,12 +57,29 @@ def _side_end(M, SIDES: gl.constexpr, SIDE_ROWS: gl.constexpr):
 
 
 @gluon.jit
+def _side_steps(K, SIDE_COLS: gl.constexpr):
+    """The steps of a forward pass's side program, an even number: past the end there are zeros."""
+    return gl.cdiv(K, 2 * SIDE_COLS) * 2
+
+
+@gluon.jit
 def _tile_at(tile, tiles_m, c0, c1, c2, GROUP_M: gl.constexpr, P: gl.constexpr):
-    """(row tile, column tile, projection) of a tile, GROUP_M rows of tiles at a time; c: column tiles."""
+    """(row tile, column tile, projection) of a tile, GROUP_M rows of tiles at a time; c: column tiles.
+
+    The first group has at most 8 rows: more would need a hidden factor that side programs have not made yet.
+    """
     tiles_n = c0 + c1 + c2
-    per_group = GROUP_M * tiles_n
-    first = (tile // per_group) * GROUP_M
-    height = min(tiles_m - first, GROUP_M)
+    size = GROUP_M
+    skipped = 0
+    if GROUP_M > 8:
+        if tile < 8 * tiles_n:
+            size = 8
+        else:
+            skipped = 8
+    tile -= skipped * tiles_n
+    per_group = size * tiles_n
+    first = skipped + tile // per_group * size
+    height = min(tiles_m - first, size)
     row = first + tile % per_group % height
     col = tile % per_group // height
     which = 0
@@ -115,7 +132,7 @@ def _free_stage(step, empty, STAGES: gl.constexpr):
 @gluon.jit
 def _forward_producer(
     x0, w0, w1, w2, b0, b1, b2, hid, l_bufs, r_bufs, empty, full, flags_ptr,
-    made, M, N0, N1, N2, K, R, SIDES: gl.constexpr, P: gl.constexpr, GROUP_M: gl.constexpr,
+    M, N0, N1, N2, K, R, SIDES: gl.constexpr, P: gl.constexpr, GROUP_M: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     SIDE_ROWS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -137,8 +154,7 @@ def _forward_producer(
             _load_of(w0, w1, w2, which, col, k, bar, r_bufs.index(stage), P)
             step += 1
         if SIDES > 0:
-            if row >= made * SIDE_ROWS:
-                _wait_for_rows(flags_ptr + row // SIDE_ROWS)
+            _wait_for_rows(flags_ptr + row // SIDE_ROWS)
         for r in range(0, R, RANK):
             _free_stage(step, empty, STAGES)
             stage = step % STAGES
@@ -227,14 +243,14 @@ def _side_load(big, row, k, buf, bar, SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.con
 
 @gluon.jit
 def _side_forward_producer(
-    x, a0, a1, a2, l_bufs, r_bufs, empty, full, made, M, K,
+    x, a0, a1, a2, l_bufs, r_bufs, empty, full, M, K,
     SIDES: gl.constexpr, P: gl.constexpr, SLOTS: gl.constexpr,
     SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     SMALL: gl.constexpr = [SLOTS, a0.block_type.shape[0], a0.block_type.shape[1]]
     step = 0
-    for block in range(gl.program_id(0) + made, _side_end(M, SIDES, SIDE_ROWS), SIDES):
-        for k in range(0, K, SIDE_COLS):
+    for block in range(gl.program_id(0), _side_end(M, SIDES, SIDE_ROWS), SIDES):
+        for k in range(0, _side_steps(K, SIDE_COLS) * SIDE_COLS, SIDE_COLS):
             _free_stage(step, empty, STAGES)
             stage = step % STAGES
             bar = full.index(stage)

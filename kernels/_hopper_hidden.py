@@ -11,7 +11,7 @@ from ._gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from ._hopper_draw import draw_pairs
+from ._hopper_draw import begin, draw_words, spread_words
 from ._hopper_masks import unpack
 from ._hopper_sides import _store_hidden
 
@@ -25,11 +25,12 @@ def _load_step(
     stage = step % STAGES
     bar = full.index(stage)
     mbarrier.expect(bar, PANELS * (x.block_type.nbytes + P * a0.block_type.nbytes))
+    boxes = reinterpret(x_bufs.index(stage), x.dtype, [PANELS] + x.block_type.shape, x.layout)
     panels = reinterpret(
         a_bufs.index(stage), a0.dtype, [PANELS * SLOTS, a0.block_type.shape[0], 64], a0.layout
     )
     for i in gl.static_range(PANELS):
-        tma_load(x, [row, k + 64 * i], bar, x_bufs.index(stage * PANELS + i))
+        tma_load(x, [row, k + 64 * i], bar, boxes.index(i))
         tma_load(a0, [0, k + 64 * i], bar, panels.index(i * SLOTS))
         if P > 1:
             tma_load(a1, [0, k + 64 * i], bar, panels.index(i * SLOTS + 1))
@@ -50,23 +51,27 @@ def _shared_sum(acc, shares_ptr, counter_ptr, row, M, share, SHARES: gl.constexp
     thread_barrier()
     finished = gl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == SHARES - 1
     if finished:
-        acc = gl.load(pointers, mask=inside, other=0.0)
-        for s in range(1, SHARES):
-            acc += gl.load(pointers + M.to(gl.int64) * WIDE * s, mask=inside, other=0.0)
+        if SHARES == 2:
+            # the same in either order
+            acc += gl.load(pointers + M.to(gl.int64) * WIDE * (1 - share), mask=inside, other=0.0)
+        else:
+            acc = gl.load(pointers, mask=inside, other=0.0)
+            for s in range(1, SHARES):
+                acc += gl.load(pointers + M.to(gl.int64) * WIDE * s, mask=inside, other=0.0)
     return acc, finished
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["threshold"])
 def hopper_hidden_kernel(
     x, a0, a1, a2, hidden_ptr, words_ptr, seed_ptr, shares_ptr, counters_ptr, threshold, pitch, M, K, R, each,
     scale0, scale1, scale2,
     P: gl.constexpr, SLOTS: gl.constexpr, SHARES: gl.constexpr,
-    FEW: gl.constexpr, ROWS: gl.constexpr, PANELS: gl.constexpr, BLOCK_R: gl.constexpr, STAGES: gl.constexpr,
+    ROWS: gl.constexpr, PANELS: gl.constexpr, BLOCK_R: gl.constexpr, STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """h_i = scale_i (mask ∘ x) a_iᵀ side by side, and the mask's bits; i < P projections
 
-    Tensors   descriptors: x (≥ M, K), a_i (R, K); hidden (≥ M, P·R); words (≥ M, pitch) int32;
+    Tensors   descriptors: x (M, K), a_i (R, K); hidden (M, P·R); words (M, pitch) int32;
               seed (1,) int64; shares (SHARES, M, SLOTS·BLOCK_R) float32 scratch, counters a zero for every
               block of rows, both only with more than one share.
     Program   ROWS rows and one share of the columns, ``each`` of them; the last to finish of those that share
@@ -74,7 +79,7 @@ def hopper_hidden_kernel(
     Numerics  16-bit products summed in float32; the mask is that of reference.dropout_keep.
     Traffic   x once, factors once per block of rows (from L2), h and words written once.
     Requires  rows on multiples of 16 bytes; SLOTS·BLOCK_R ≤ 256; each a multiple of 64·PANELS; PANELS 1
-              or 2; FEW only with a threshold of at most 0x7C00.
+              or 2.
     """
     WIDE: gl.constexpr = SLOTS * BLOCK_R
     COLS: gl.constexpr = 64 * PANELS
@@ -82,7 +87,7 @@ def hopper_hidden_kernel(
     parent: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, WIDE, 8])
     pairs_layout: gl.constexpr = gl.DotOperandLayout(0, parent, 1)
     in_pairs: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
-    x_bufs = gl.allocate_shared_memory(x.dtype, [STAGES * PANELS, ROWS, 64], x.layout)
+    x_bufs = gl.allocate_shared_memory(x.dtype, [STAGES, PANELS * ROWS, 64], x.layout)
     a_bufs = gl.allocate_shared_memory(a0.dtype, [STAGES, WIDE, COLS], a0.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -97,6 +102,7 @@ def hopper_hidden_kernel(
             k = first + i * COLS
             _load_step(x, a0, a1, a2, row, k, i, x_bufs, a_bufs, full, P, SLOTS, PANELS, STAGES)
     acc = gl.zeros((ROWS, WIDE), gl.float32, layout)
+    begun = begin(ROWS, COLS // 2, pairs_layout, seed, row)
     for step in range(steps):
         stage = step % STAGES
         ahead = step + STAGES - 1
@@ -105,9 +111,8 @@ def hopper_hidden_kernel(
             _load_step(x, a0, a1, a2, row, k, ahead, x_bufs, a_bufs, full, P, SLOTS, PANELS, STAGES)
         # while the copies are under way
         word = (first + step * COLS) // 32
-        masks = draw_pairs(
-            ROWS, COLS // 2, pairs_layout, FEW, seed, threshold, row, word, M, words_ptr, pitch
-        )
+        words = draw_words(seed, threshold, begun, word, M, words_ptr, pitch)
+        masks = spread_words(words, ROWS, COLS // 2, pairs_layout)
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
         tile = reinterpret(x_bufs, gl.int32, [STAGES, ROWS, COLS // 2], in_pairs).index(stage)
         pairs = tile.load(pairs_layout) & masks
@@ -116,11 +121,10 @@ def hopper_hidden_kernel(
         acc = warpgroup_mma_wait(0, (acc,))
         # the buffers are written again in the next step
         thread_barrier()
+    finished = True
     if SHARES > 1:
         acc, finished = _shared_sum(
             acc, shares_ptr, counters_ptr + gl.program_id(0), row, M, gl.program_id(1), SHARES
         )
-        if finished:
-            _store_hidden(acc, hidden_ptr, row, 0, M, R, P * R, scale0, scale1, scale2, BLOCK_R)
-    else:
+    if finished:
         _store_hidden(acc, hidden_ptr, row, 0, M, R, P * R, scale0, scale1, scale2, BLOCK_R)

@@ -13,6 +13,14 @@ def spread(even, odd, byte):
 
 
 @gluon.jit
+def times(words, factor):
+    """A shift by a factor that is a power of two: multiplication has units of its own."""
+    return gl.inline_asm_elementwise(
+        "mul.lo.u32 $0, $1, $2;", "=r,r,r", [words, factor], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def load_words(pairs, words_ptr, pitch, row, rows, word):
     """The mask's words beside ``pairs`` (ROWS, COLS / 2), each of two elements: (ROWS, COLS / 32, 1)."""
     ROWS: gl.constexpr = pairs.shape[0]
@@ -35,7 +43,7 @@ def pair_masks(pairs, words):
     PAIRS: gl.constexpr = pairs.shape[1]
     LAYOUT: gl.constexpr = pairs.reshape([ROWS, PAIRS // 16, 16]).type.layout
     pair = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
-    masks = spread(words << (7 - 2 * (pair & 3)), words << (6 - 2 * (pair & 3)), pair >> 2)
+    masks = spread(times(words, 128 >> 2 * (pair & 3)), times(words, 64 >> 2 * (pair & 3)), pair >> 2)
     return gl.convert_layout(masks.reshape([ROWS, PAIRS]), pairs.type.layout)
 
 

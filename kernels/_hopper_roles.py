@@ -1,6 +1,7 @@
 """Hopper: the roles that compute, for the launch whose roles that copy are in _hopper_gemm."""
 
 from ._gluon import (
+    boxes_from,
     fence_async_shared,
     gl,
     gluon,
@@ -108,20 +109,23 @@ def _gemm_consumer(
 @gluon.jit
 def _copy_role(
     big0, big1, big2, w0, w1, w2, s0, s1, s2, rank0, rank1, rank2, hid, kept,
-    l_bufs, r_bufs, y_buf, empty, full, flags_ptr, made, M, N0, N1, N2, K, R,
+    l_bufs, r_bufs, y_buf, empty, full, flags_ptr, M, N0, N1, N2, K, R,
     FORWARD: gl.constexpr, DB: gl.constexpr, SIDES: gl.constexpr, P: gl.constexpr, SLOTS: gl.constexpr,
     GROUP_M: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
+    SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     if FORWARD:
         if SIDES > 0:
+            factors = reinterpret(
+                l_bufs, s0.dtype, [RING, SLOTS * s0.block_type.shape[0], SIDE_COLS], s0.layout
+            )
             _side_forward_producer(
-                big0, s0, s1, s2, l_bufs, r_bufs, empty, full, made, M, K,
-                SIDES, P, SLOTS, SIDE_ROWS, SIDE_COLS, STAGES,
+                big0, s0, s1, s2, factors, r_bufs, empty, full, M, K,
+                SIDES, P, SLOTS, SIDE_ROWS, SIDE_COLS, RING,
             )  # fmt: skip
         _forward_producer(
             big0, w0, w1, w2, rank0, rank1, rank2, hid, l_bufs, r_bufs, empty, full, flags_ptr,
-            made, M, N0, N1, N2, K, R, SIDES, P, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K, SIDE_ROWS, STAGES,
+            M, N0, N1, N2, K, R, SIDES, P, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K, SIDE_ROWS, STAGES,
         )  # fmt: skip
     else:
         if SIDES > 0:
@@ -138,20 +142,20 @@ def _copy_role(
 @gluon.jit
 def _compute_role(
     big0, s0, rank0, out0, out1, out2, hid, kept, l_bufs, r_bufs, y_buf, empty, full,
-    bias0, bias1, bias2, hidden_ptr, flags_ptr, words_ptr, seed_ptr, parts_ptr, entries_ptr, starts_ptr,
-    entries, threshold, made, pitch, M, N0, N1, N2, K, R, scale0, scale1, scale2,
-    FORWARD: gl.constexpr, BIAS: gl.constexpr, DROP: gl.constexpr, FEW: gl.constexpr,
-    DB: gl.constexpr, ENTRIES: gl.constexpr, SIDES: gl.constexpr,
-    P: gl.constexpr, SLOTS: gl.constexpr, GROUP_M: gl.constexpr,
+    bias0, bias1, bias2, hidden_ptr, flags_ptr, words_ptr, parts_ptr, entries_ptr, starts_ptr,
+    entries, pitch, M, N0, N1, N2, K, R, scale0, scale1, scale2,
+    FORWARD: gl.constexpr, BIAS: gl.constexpr, DROP: gl.constexpr, DB: gl.constexpr,
+    ENTRIES: gl.constexpr, SIDES: gl.constexpr, P: gl.constexpr, SLOTS: gl.constexpr, GROUP_M: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_R: gl.constexpr,
-    SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
+    SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     if SIDES > 0:
         if FORWARD:
+            factors = reinterpret(l_bufs, s0.dtype, [RING, SLOTS * BLOCK_R, SIDE_COLS], s0.layout)
             _side_forward(
-                big0, s0, l_bufs, r_bufs, empty, full, hidden_ptr, flags_ptr, words_ptr, seed_ptr,
-                threshold, made, pitch, M, K, R, scale0, scale1, scale2, DROP, FEW,
-                SIDES, P, SLOTS, BLOCK_R, SIDE_ROWS, SIDE_COLS, STAGES,
+                big0, s0, factors, r_bufs, empty, full, hidden_ptr, flags_ptr, words_ptr, pitch,
+                M, K, R, scale0, scale1, scale2, DROP,
+                SIDES, P, SLOTS, BLOCK_R, SIDE_ROWS, SIDE_COLS, RING,
             )  # fmt: skip
         else:
             _side_backward(
@@ -166,17 +170,16 @@ def _compute_role(
     )  # fmt: skip
 
 
-# one kernel for all numbers of blocks that exist already
-@gluon.jit(do_not_specialize=["made", "threshold"])
+@gluon.jit
 def hopper_kernel(
     big0, big1, big2, w0, w1, w2, s0, s1, s2, rank0, rank1, rank2, out0, out1, out2, hid, kept,
-    bias0, bias1, bias2, hidden_ptr, flags_ptr, words_ptr, seed_ptr, parts_ptr, entries_ptr, starts_ptr,
-    entries, threshold, made, pitch, M, N0, N1, N2, K, R, scale0, scale1, scale2,
-    FORWARD: gl.constexpr, BIAS: gl.constexpr, DROP: gl.constexpr, FEW: gl.constexpr,
-    DB: gl.constexpr, ENTRIES: gl.constexpr, SIDES: gl.constexpr,
-    P: gl.constexpr, SLOTS: gl.constexpr, GROUP_M: gl.constexpr,
+    bias0, bias1, bias2, hidden_ptr, flags_ptr, words_ptr, parts_ptr, entries_ptr, starts_ptr,
+    entries, pitch, M, N0, N1, N2, K, R, scale0, scale1, scale2,
+    FORWARD: gl.constexpr, BIAS: gl.constexpr, DROP: gl.constexpr, DB: gl.constexpr,
+    ENTRIES: gl.constexpr, SIDES: gl.constexpr, P: gl.constexpr, SLOTS: gl.constexpr, GROUP_M: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, BLOCK_R: gl.constexpr,
-    SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+    SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """Forward: out_i = big0 w_iᵀ + h_i rank_iᵀ + bias_i, h_i = scale_i (mask ∘ big0) s_iᵀ; i < P projections
 
@@ -185,26 +188,29 @@ def hopper_kernel(
     s0 has, packed. With SIDES = 0, h is given.
 
     Tensors   descriptors: big (M, K) or (M, N_i), w (N_i, K), s and rank the small factors (a and b, or b and
-              a), out, hid = h and kept (M, P·R); words (M, pitch) int32, the mask's bits, forward drawn from
-              seed (1,) int64 and written; flags, a zero for every SIDE_ROWS rows, of which the first ``made``
-              are not looked at: their h and words are given; parts (SIDES, sum of N_i, R) float32 zeros, or
-              with ENTRIES (SIDES, entries); entries_ptr (N0,) int32, one bit a rank, and starts_ptr (N0,)
-              int32, where the entries of a row begin.
+              a), out, hid = h and kept (M, P·R); words (M, pitch) int32, the mask's bits; flags, a zero for
+              every SIDE_ROWS rows; parts (SIDES, sum of N_i, R) float32 zeros, or with ENTRIES (SIDES,
+              entries); entries_ptr (N0,) int32, one bit a rank, and starts_ptr (N0,) int32, where the
+              entries of a row begin.
     Program   the first SIDES: blocks of SIDE_ROWS rows of h; the others: tiles of out, GROUP_M rows of tiles
               at a time. One warp copies, eight compute.
     Numerics  16-bit products summed in float32; h rounded once; a dropped element of out is rounded before
               the update; every sum has a fixed order.
     Traffic   h's operand once more from L2 or memory, beside what the GEMM reads.
     Requires  rows on multiples of 16 bytes; R ≤ 128, ≤ 16 with DB, ≤ 32 with ENTRIES, which needs DB and
-              P = 1; SLOTS·BLOCK_R ≤ 128; FEW only with a threshold of at most 0x7C00.
+              P = 1; SLOTS·BLOCK_R ≤ 128, forward with a mask ≤ 64; with RING, stages of side programs, above
+              STAGES: forward, RING·SLOTS·BLOCK_R·SIDE_COLS ≤ STAGES·BLOCK_M·BLOCK_K.
     """
     flags_ptr = flags_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
     l_bufs = gl.allocate_shared_memory(big0.dtype, [STAGES] + big0.block_type.shape, big0.layout)
-    r_bufs = gl.allocate_shared_memory(w0.dtype, [STAGES] + w0.block_type.shape, w0.layout)
-    y_buf = gl.allocate_shared_memory(out0.dtype, out0.block_type.shape, out0.layout)
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
+    # what is on its way out has the place of stages that side programs, without output, use as such
+    BOXES: gl.constexpr = [STAGES + BLOCK_M // BLOCK_K] + w0.block_type.shape
+    r_bufs = gl.allocate_shared_memory(w0.dtype, BOXES, w0.layout)
+    y_buf = boxes_from(r_bufs, STAGES, BLOCK_M // BLOCK_K)
+    y_buf = reinterpret(y_buf, out0.dtype, out0.block_type.shape, out0.layout)
+    empty = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(RING):
         mbarrier.init(empty.index(i), count=1)
         mbarrier.init(full.index(i), count=1)
     fence_async_shared()
@@ -212,15 +218,15 @@ def hopper_kernel(
         [
             (_compute_role, (
                 big0, s0, rank0, out0, out1, out2, hid, kept, l_bufs, r_bufs, y_buf, empty, full,
-                bias0, bias1, bias2, hidden_ptr, flags_ptr, words_ptr, seed_ptr, parts_ptr,
-                entries_ptr, starts_ptr, entries, threshold, made, pitch, M, N0, N1, N2, K, R,
-                scale0, scale1, scale2, FORWARD, BIAS, DROP, FEW, DB, ENTRIES, SIDES, P, SLOTS, GROUP_M,
-                BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, SIDE_ROWS, SIDE_COLS, STAGES,
+                bias0, bias1, bias2, hidden_ptr, flags_ptr, words_ptr, parts_ptr,
+                entries_ptr, starts_ptr, entries, pitch, M, N0, N1, N2, K, R,
+                scale0, scale1, scale2, FORWARD, BIAS, DROP, DB, ENTRIES, SIDES, P, SLOTS, GROUP_M,
+                BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, SIDE_ROWS, SIDE_COLS, STAGES, RING,
             )),
             (_copy_role, (
                 big0, big1, big2, w0, w1, w2, s0, s1, s2, rank0, rank1, rank2, hid, kept,
-                l_bufs, r_bufs, y_buf, empty, full, flags_ptr, made, M, N0, N1, N2, K, R, FORWARD, DB,
-                SIDES, P, SLOTS, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K, SIDE_ROWS, SIDE_COLS, STAGES,
+                l_bufs, r_bufs, y_buf, empty, full, flags_ptr, M, N0, N1, N2, K, R, FORWARD, DB,
+                SIDES, P, SLOTS, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K, SIDE_ROWS, SIDE_COLS, STAGES, RING,
             )),
         ],
         [1],

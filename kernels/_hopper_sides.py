@@ -9,9 +9,8 @@ from ._gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from ._hopper_draw import draw_pairs
-from ._hopper_gemm import _proxy_fence, _side_end
-from ._hopper_masks import load_words, pair_masks, unpack
+from ._hopper_gemm import _proxy_fence, _side_end, _side_steps
+from ._hopper_masks import pair_masks, unpack
 
 
 @gluon.jit
@@ -56,91 +55,116 @@ def _side_sum(
 
 
 @gluon.jit
+def _word_pointers(words_ptr, pitch, row, M, ROWS: gl.constexpr):
+    """Where the first two words of each row are, in the threads that need them; of rows past the end, any."""
+    WORDS: gl.constexpr = 2
+    # as pairs have them, but two words of a row side by side, for one load
+    LAYOUT: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [8, 0], [128, 0]], [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0], [64, 0]], [], [ROWS, WORDS],
+    )  # fmt: skip
+    r = gl.minimum(row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)), M - 1)[:, None]
+    return words_ptr + r.to(gl.int64) * pitch + gl.arange(0, WORDS, gl.SliceLayout(0, LAYOUT))[None, :]
+
+
+@gluon.jit
+def _words_at(pointers, word, pitch):
+    c = word + gl.arange(0, pointers.shape[1], gl.SliceLayout(0, pointers.type.layout))[None, :]
+    # past the end x is zero
+    return gl.load(pointers + word, mask=c < pitch)
+
+
+@gluon.jit
+def _masked_pairs(
+    step, words, ready, r_bufs, full, layout: gl.constexpr,
+    SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """mask ∘ x of a step, two elements to an int32; anything if not ``ready``."""
+    in_pairs: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), (step // STAGES) & 1, pred=ready)
+    tile = reinterpret(r_bufs.index(stage), gl.int32, [SIDE_ROWS, SIDE_COLS // 2], in_pairs)
+    pairs = tile.load(layout)
+    SPLIT: gl.constexpr = pairs.reshape([SIDE_ROWS, words.shape[1], 16]).type.layout
+    words = gl.convert_layout(words, gl.SliceLayout(2, SPLIT)).expand_dims(2)
+    return pairs & pair_masks(pairs, words)
+
+
+@gluon.jit
+def _masked_step(
+    acc, now, then, words, places, k, step, before, after, x, a, l_bufs, r_bufs, empty, full, pitch,
+    SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Start acc += now aᵀ of step k, and meanwhile make the operand of the step after, which has ``words``.
+
+    It takes the registers ``then`` once the step before is done, whose operand was there. ``before`` and
+    ``after`` say whether there are such steps. Also returns the words of the step that uses ``then`` next.
+    """
+    WORDS: gl.constexpr = SIDE_COLS // 32
+    layout: gl.constexpr = then.type.layout
+    right = reinterpret(l_bufs.index(step % STAGES), a.dtype, [acc.shape[1], SIDE_COLS], a.layout)
+    left = unpack(now, x.dtype, gl.DotOperandLayout(0, acc.type.layout, 2))
+    acc = warpgroup_mma(left, right.permute((1, 0)), acc, use_acc=before, is_async=True)
+    acc, then = warpgroup_mma_wait(1, (acc, then))
+    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=before)
+    then = _masked_pairs(step + 1, words, after, r_bufs, full, layout, SIDE_ROWS, SIDE_COLS, STAGES)
+    return acc, then, _words_at(places, (k + 3) * WORDS, pitch)
+
+
+@gluon.jit
 def _masked_side_sum(
     acc, x, a, row, steps, step, l_bufs, r_bufs, empty, full, words_ptr, pitch, M,
     SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """acc += (mask ∘ x) aᵀ over a block of rows; x meets the mask in registers."""
+    """acc += (mask ∘ x) aᵀ over a block of rows; x meets the mask in registers. ``steps`` is even.
+
+    Operands of even and of odd steps have registers of their own: one is made while the tensor cores read
+    the other. The mask's words are read three steps ahead.
+    """
     WORDS: gl.constexpr = SIDE_COLS // 32
-    layout: gl.constexpr = acc.type.layout
     # the same elements in the same threads, two to an int32
     parent: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, acc.shape[1], 8])
-    in_pairs: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
-    pairs = gl.zeros((SIDE_ROWS, SIDE_COLS // 2), gl.int32, gl.DotOperandLayout(0, parent, 1))
-    words = load_words(pairs, words_ptr, pitch, row, M, 0)
-    words1 = load_words(pairs, words_ptr, pitch, row, M, WORDS)
-    words2 = load_words(pairs, words_ptr, pitch, row, M, 2 * WORDS)
-    for k in range(steps):
-        stage = step % STAGES
-        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        tile = reinterpret(r_bufs.index(stage), gl.int32, [SIDE_ROWS, SIDE_COLS // 2], in_pairs)
-        right = reinterpret(l_bufs.index(stage), a.dtype, [acc.shape[1], SIDE_COLS], a.layout)
-        pairs = tile.load(gl.DotOperandLayout(0, parent, 1))
-        pairs &= pair_masks(pairs, words)
-        words = words1
-        words1 = words2
-        words2 = load_words(pairs, words_ptr, pitch, row, M, (k + 3) * WORDS)
-        left = unpack(pairs, x.dtype, gl.DotOperandLayout(0, layout, 2))
-        acc = warpgroup_mma(left, right.permute((1, 0)), acc, use_acc=k > 0, is_async=True)
-        # at once: registers that the tensor cores still read must not be written
-        acc = warpgroup_mma_wait(0, (acc,))
-        mbarrier.arrive(empty.index(stage), count=1)
-        step += 1
-    return acc, step
-
-
-@gluon.jit
-def _drawn_side_sum(
-    acc, x, a, row, steps, step, l_bufs, r_bufs, empty, full, words_ptr, pitch, seed, threshold, M,
-    FEW: gl.constexpr, SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """As _masked_side_sum, with a mask that is drawn here, and stored."""
-    WORDS: gl.constexpr = SIDE_COLS // 32
-    PAIRS: gl.constexpr = SIDE_COLS // 2
-    layout: gl.constexpr = acc.type.layout
-    parent: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, acc.shape[1], 8])
-    pairs_layout: gl.constexpr = gl.DotOperandLayout(0, parent, 1)
-    in_pairs: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
-    masks = draw_pairs(SIDE_ROWS, PAIRS, pairs_layout, FEW, seed, threshold, row, 0, M, words_ptr, pitch)
-    for k in range(steps):
-        stage = step % STAGES
-        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        tile = reinterpret(r_bufs.index(stage), gl.int32, [SIDE_ROWS, PAIRS], in_pairs)
-        right = reinterpret(l_bufs.index(stage), a.dtype, [acc.shape[1], SIDE_COLS], a.layout)
-        left = unpack(tile.load(pairs_layout) & masks, x.dtype, gl.DotOperandLayout(0, layout, 2))
-        acc = warpgroup_mma(left, right.permute((1, 0)), acc, use_acc=k > 0, is_async=True)
-        # while the tensor cores are at it; after the last step bits beside the row, which are not stored
-        word = (k + 1) * WORDS
-        masks = draw_pairs(
-            SIDE_ROWS, PAIRS, pairs_layout, FEW, seed, threshold, row, word, M, words_ptr, pitch
-        )
-        acc = warpgroup_mma_wait(0, (acc,))
-        mbarrier.arrive(empty.index(stage), count=1)
-        step += 1
+    layout: gl.constexpr = gl.DotOperandLayout(0, parent, 1)
+    places = _word_pointers(words_ptr, pitch, row, M, SIDE_ROWS)
+    even_words = _words_at(places, 0, pitch)
+    odd_words = _words_at(places, WORDS, pitch)
+    even = _masked_pairs(step, even_words, True, r_bufs, full, layout, SIDE_ROWS, SIDE_COLS, STAGES)
+    even_words = _words_at(places, 2 * WORDS, pitch)
+    odd = gl.zeros((SIDE_ROWS, SIDE_COLS // 2), gl.int32, layout)
+    for k in range(0, steps, 2):
+        acc, odd, odd_words = _masked_step(
+            acc, even, odd, odd_words, places, k, step, k > 0, True,
+            x, a, l_bufs, r_bufs, empty, full, pitch, SIDE_ROWS, SIDE_COLS, STAGES,
+        )  # fmt: skip
+        acc, even, even_words = _masked_step(
+            acc, odd, even, even_words, places, k + 1, step + 1, True, k + 2 < steps,
+            x, a, l_bufs, r_bufs, empty, full, pitch, SIDE_ROWS, SIDE_COLS, STAGES,
+        )  # fmt: skip
+        step += 2
+    acc, odd = warpgroup_mma_wait(0, (acc, odd))
+    mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
     return acc, step
 
 
 @gluon.jit
 def _side_forward(
-    x, a, l_bufs, r_bufs, empty, full, hidden_ptr, flags_ptr, words_ptr, seed_ptr, threshold, made, pitch,
-    M, K, R, scale0, scale1, scale2, DROP: gl.constexpr, FEW: gl.constexpr, SIDES: gl.constexpr,
+    x, a, l_bufs, r_bufs, empty, full, hidden_ptr, flags_ptr, words_ptr, pitch,
+    M, K, R, scale0, scale1, scale2, DROP: gl.constexpr, SIDES: gl.constexpr,
     P: gl.constexpr, SLOTS: gl.constexpr, BLOCK_R: gl.constexpr,
     SIDE_ROWS: gl.constexpr, SIDE_COLS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """h = scale·drop(x) aᵀ of all projections, a block of rows at a time."""
+    """h = scale·(mask ∘ x) aᵀ of all projections, a block of rows at a time."""
     WIDE: gl.constexpr = BLOCK_R * SLOTS
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, WIDE, 16])
-    steps = gl.cdiv(K, SIDE_COLS)
+    steps = _side_steps(K, SIDE_COLS)
     step = 0
-    if DROP:
-        seed = gl.load(seed_ptr)
-    for block in range(gl.program_id(0) + made, _side_end(M, SIDES, SIDE_ROWS), SIDES):
+    for block in range(gl.program_id(0), _side_end(M, SIDES, SIDE_ROWS), SIDES):
         row = block * SIDE_ROWS
         acc = gl.zeros((SIDE_ROWS, WIDE), gl.float32, layout)
         if DROP:
-            acc, step = _drawn_side_sum(
-                acc, x, a, row, steps, step, l_bufs, r_bufs, empty, full, words_ptr, pitch,
-                seed, threshold, M, FEW, SIDE_ROWS, SIDE_COLS, STAGES,
+            acc, step = _masked_side_sum(
+                acc, x, a, row, steps, step, l_bufs, r_bufs, empty, full, words_ptr, pitch, M,
+                SIDE_ROWS, SIDE_COLS, STAGES,
             )  # fmt: skip
         else:
             acc, step = _side_sum(

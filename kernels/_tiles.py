@@ -72,23 +72,70 @@ def dot(left, right, acc, rest, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _philox(seed, c0, c1):
+    """Philox-4x32-7 at counter (c0, c1, 0, 0), as tl.philox, with both halves of a product at once."""
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    c0 = c0.to(tl.uint32)
+    c1 = c1.to(tl.uint32)
+    c2 = tl.zeros_like(c0)
+    c3 = c2
+    for _ in tl.static_range(7):
+        left = c0.to(tl.uint64) * 0xD2511F53
+        right = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (right >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = right.to(tl.uint32)
+        c2 = (left >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = left.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def keep_words(seed, row, word, threshold):
+    """Words of the dropout mask, uint32: bit c says whether column 32 word + c of a row is kept.
+
+    ``row`` and ``word`` are tensors of one shape. See reference.dropout_keep for what is compared.
+    """
+    row, word = row.to(tl.uint32), word.to(tl.uint32)
+    key = (seed ^ (seed >> 32)).to(tl.uint32)
+    shared = word * 0x9E3779B9 + (row * 0xBB67AE85 + key * 0xD2511F53)
+    # the top byte is at least the threshold's low byte where the word is at least that byte and zeros
+    keep = tl.where(shared >= tl.full((), threshold, tl.uint32) << 24, 0xFFFFFFFF, 0).to(tl.uint32)
+    for i in tl.static_range(2):
+        planes = _philox(seed, 2 * word + i, row)
+        for q in tl.static_range(4):
+            # the majority of three bits, one instruction: kept where above the threshold, or equal and kept
+            clear = (tl.full((), threshold, tl.uint32) >> 8 + 4 * i + q & 1) - 1
+            keep = (planes[q] & keep) | (clear & (planes[q] | keep))
+    return keep
+
+
+@triton.jit
 def keep_tile(seed, row, col, threshold, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
     """The dropout mask of one tile, (BLOCK_ROWS, BLOCK_COLS), True where an element is kept.
 
-    One call of Philox serves eight elements, 16 bits each: those of a row that one thread holds in a
-    tensor-core tile, so that no bit has to cross threads; see reference.dropout_keep for the order. ``col``
-    and BLOCK_COLS must be multiples of 32.
+    A word of 32 columns is drawn once, by one thread, and goes to the threads that hold its elements as a
+    word. ``col`` and BLOCK_COLS must be multiples of 32.
     """
-    GROUPS: tl.constexpr = BLOCK_COLS // 8
-    group = (col // 8 + tl.arange(0, GROUPS))[None, :].to(tl.int32)
-    line = (row + tl.arange(0, BLOCK_ROWS))[:, None].to(tl.int32)
-    zero = tl.zeros((BLOCK_ROWS, GROUPS), tl.int32)
-    w0, w1, w2, w3 = tl.philox(seed, zero + group, zero + line, zero, zero, n_rounds=7)
-    # the last join is the fastest index: (0, 2), (1, 3) come out in the order 0, 1, 2, 3
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (BLOCK_ROWS, GROUPS, 2, 2)
-    halves = tl.join(words & 0xFFFF, words >> 16).to(tl.int32)
-    halves = tl.permute(tl.reshape(halves, (BLOCK_ROWS, GROUPS // 4, 4, 4, 2)), (0, 1, 3, 2, 4))
-    return tl.reshape(halves, (BLOCK_ROWS, BLOCK_COLS)) >= threshold
+    WORDS: tl.constexpr = BLOCK_COLS // 32
+    index = tl.arange(0, BLOCK_ROWS * WORDS)[:, None]
+    words = keep_words(seed, row + index // WORDS, col // 32 + index % WORDS, threshold)
+    return keep_of(words, BLOCK_ROWS, BLOCK_COLS)
+
+
+@triton.jit
+def keep_of(words, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """The mask of a tile from its words, (BLOCK_ROWS * BLOCK_COLS // 32, 1), row by row; see keep_tile."""
+    WORDS: tl.constexpr = BLOCK_COLS // 32
+    # the sum of one number is that number; but no layout is propagated backward through a scan, or every
+    # thread of a tensor-core tile would draw all words of which it holds a bit, each word four times
+    words = tl.reshape(tl.cumsum(words, 1), (BLOCK_ROWS, WORDS, 1, 1))
+    # by bytes: some compilers pack 32 comparisons with bits of one word into masks, and take those apart
+    words >>= 8 * tl.arange(0, 4).to(tl.uint32)[None, None, :, None]
+    bits = (tl.full((8,), 1, tl.uint32) << tl.arange(0, 8).to(tl.uint32))[None, None, None, :]
+    return tl.reshape((words & bits) != 0, (BLOCK_ROWS, BLOCK_COLS))
 
 
 @triton.jit

@@ -3,14 +3,15 @@
 The functions are those of the package, with the same arguments; nothing here measures anything.
 """
 
-from functools import cache, lru_cache
+from functools import cache
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._config import TileConfig, device_facts, pick, pick_for
+from ._config import TileConfig, device_facts, pick_for
+from ._left import is_left as _is_left
 from ._matmul import extended_matmul
 from ._ragged import (
     cut_columns,
@@ -25,6 +26,7 @@ from ._ragged import (
 from .bitmap_codec import bitmap_decode, bitmap_encode, pruned_decode, two_four_decode, two_four_encode
 from .dense_dispatch import DispatchPasses
 from .dense_dispatch import output as dense_output
+from .dropout_mask import drop_some, is_few
 from .joint_dispatch import beside, joint_input, joint_outputs
 from .lora_backward import lora_backward_a as triton_a
 from .lora_backward import lora_backward_b as triton_b
@@ -102,30 +104,24 @@ def known_passes(device: torch.device) -> ModuleType | None:
     return hopper_passes
 
 
-@lru_cache(maxsize=4096)
-def _is_left(device: torch.device, M: int, K: int, N: int, R: int, dtype: torch.dtype) -> bool:
-    """Whether every product of a layer without dropout, adapters in ``dtype`` too, is left to cuBLAS."""
-    sizes = {
-        "lora_hidden": [(0, K), (0, N)],
-        "lora_forward": [(N, K)],
-        "lora_backward_hidden_b": [(N, 0)],
-        "lora_backward_a": [(0, K), (0, N)],
-        "lora_backward_input": [(N, K)],
-    }
-    facts = device_facts(device)
-    return all(pick(op, M, *size, R, dtype, facts).CUBLAS for op in sizes for size in sizes[op])
-
-
 def lora_hidden(x: Tensor, a: Tensor, scale: float, seed: Tensor | None, dropout_p: float) -> Tensor:
     """See ``kernels.lora_hidden``."""
     return _wide_hidden(x, a, scale, seed, dropout_p, None)
+
+
+def _dropped(x: Tensor, scale: float, seed: Tensor, dropout_p: float) -> tuple[Tensor, float]:
+    """Return ``x`` with zeros where it is dropped, and ``scale`` with the factor of the mask."""
+    threshold = drop_threshold(dropout_p, seed)
+    return drop_some(x, seed, threshold)[0], scale * 65536 / (65536 - threshold)
 
 
 def _wide_hidden(
     x: Tensor, a: Tensor, scale: float, seed: Tensor | None, dropout_p: float, width: int | None
 ) -> Tensor:
     config = pick_for("lora_hidden", x, a, 0, x.shape[1], width or a.shape[0], seed)
-    if config.CUBLAS and seed is None and a.dtype == x.dtype:
+    few = seed is not None and is_few(*x.shape, a.shape[0])
+    if config.CUBLAS and (seed is None or few) and a.dtype == x.dtype:
+        x, scale = (x, scale) if seed is None else _dropped(x, scale, seed, dropout_p)
         return _scaled_mm(x, (a if width is None else filled_rows(a)).T, scale)
     return triton_hidden(x, a, scale, seed, dropout_p, config=config, width=width)
 
@@ -141,8 +137,7 @@ def lora_forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See ``kernels.lora_forward``."""
-    dtype = x.dtype
-    if seed is None and a.dtype == dtype and _is_left(x.device, *x.shape, *b.shape, dtype):
+    if seed is None and a.dtype == x.dtype and _is_left(True, x.device, *x.shape, *b.shape, x.dtype):
         h = _scaled_mm(x, a.T, scale)
         return F.linear(x, w, bias).addmm_(h, b.T), h, None
     hopper = _hopper(x.device)
@@ -150,6 +145,9 @@ def lora_forward(
         done = hopper.lora_forward(x, [w], [a], [b], [bias], [scale], seed, dropout_p)
         if done is not None:
             return done[0][0], *done[1:]
+        made = hopper.masked_hidden(x, a, scale, seed, dropout_p)
+        if made is not None:
+            return _output(x, w, made[0], b, bias), *made
     R = a.shape[0]
     if is_ragged([R], x.numel()):
         h = _wide_hidden(x, a, scale, seed, dropout_p, wide_rank(R))
@@ -163,8 +161,7 @@ def _output(x: Tensor, w: Tensor, h: Tensor, b: Tensor, bias: Tensor | None) -> 
     y = None if hopper is None else hopper.update_matmul(True, x, w, h, b, bias, None, 0.0)
     if y is not None:
         return y
-    if h.shape[1] != b.shape[1]:
-        b = filled_columns(b)
+    b = b if h.shape[1] == b.shape[1] else filled_columns(b)
     config = pick_for("lora_forward", x, b, w.shape[0], x.shape[1], b.shape[1])
     if config.CUBLAS:
         return _add_update(F.linear(x, w, bias), h, b, None, 0)
@@ -213,8 +210,9 @@ def lora_backward_a(dh: Tensor, x: Tensor, seed: Tensor | None, dropout_p: float
 
 def _first_of_a(dh: Tensor, x: Tensor, seed: Tensor | None, dropout_p: float, rank: int | None) -> Tensor:
     config = pick_for("lora_backward_a", x, dh, 0, x.shape[1], dh.shape[1], seed)
-    if config.CUBLAS and seed is None and dh.dtype == x.dtype:
-        da = dh.T @ x
+    few = seed is not None and is_few(*x.shape, dh.shape[1])
+    if config.CUBLAS and (seed is None or few) and dh.dtype == x.dtype:
+        da = dh.T @ x if seed is None else _scaled_mm(dh.T, *_dropped(x, 1.0, seed, dropout_p))
         # cut afterwards: with rows that are no multiple of 8, cuBLAS takes kernels of half the speed
         return da if rank is None else da[:rank]
     return triton_a(dh, x, seed, dropout_p, config=config, rank=rank)
@@ -228,12 +226,10 @@ def lora_backward_input(
     dx = None if hopper is None else hopper.update_matmul(False, dy, w, dh, a, None, seed, dropout_p)
     if dx is not None:
         return dx
-    if dh.shape[1] != a.shape[0]:
-        a = filled_rows(a)
+    a = a if dh.shape[1] == a.shape[0] else filled_rows(a)
     config = pick_for("lora_backward_input", dy, a, dy.shape[1], a.shape[1], a.shape[0], seed)
     if config.CUBLAS:
-        threshold = drop_threshold(dropout_p, seed)
-        return _add_update(dy @ w, dh, a.T, seed, threshold)
+        return _add_update(dy @ w, dh, a.T, seed, drop_threshold(dropout_p, seed))
     return triton_input(dy, w, dh, a, seed, dropout_p, config=config)
 
 
@@ -254,7 +250,7 @@ def lora_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See ``kernels.lora_backward``."""
     if need_x and need_a and need_b and seed is None and a.dtype == dy.dtype:
-        if _is_left(dy.device, *x.shape, *b.shape, dy.dtype):
+        if _is_left(False, dy.device, *x.shape, *b.shape, dy.dtype):
             dh = _scaled_mm(dy, b, scale)
             return torch.mm(dy, w).addmm_(dh, a), torch.mm(dh.T, x), torch.mm(dy.T, h)
     hopper = _hopper(dy.device)
@@ -314,7 +310,6 @@ _GROUP = Passes(
     joint_input,
     beside,
 )
-
 
 _MASKED = masked_passes(lora_hidden, lora_forward, lora_backward_hidden, lora_backward_a, lora_backward_input)
 masked_lora_forward, masked_lora_backward = _MASKED.forward, _MASKED.backward

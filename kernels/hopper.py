@@ -26,17 +26,12 @@ __all__ = [
 ]
 
 MOST_PROJECTIONS = 3
-# up to this threshold of dropout, which is infinity as a float16, masks are drawn in fewer operations
-FEW = 0x7C00
 _GL_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class HopperConfig:
-    """Sizes of one launch. SIDES programs make the hidden factor; 0 says that it exists already.
-
-    FIRST: how many blocks of SIDE_ROWS rows, from the first on, have theirs from another launch.
-    """
+    """Sizes of one launch. SIDES programs make the hidden factor; 0 says that it exists already."""
 
     SIDES: int = 4
     BLOCK_M: int = 128
@@ -45,7 +40,6 @@ class HopperConfig:
     GROUP_M: int = 8
     SIDE_ROWS: int = 256
     STAGES: int = 3
-    FIRST: int = 0
 
     def __post_init__(self) -> None:
         # a config is part of the key of every launch
@@ -96,12 +90,18 @@ def _programs(M: int, outs: Sequence[Tensor], c: HopperConfig) -> int:
     return min(tiles + c.SIDES, device_facts(outs[0].device).processors)
 
 
+def _ring(small: int, c: HopperConfig) -> int:
+    """Return the stages of a forward pass's side programs: the output's buffer too, if small factors fit."""
+    stages = c.STAGES + c.BLOCK_M // c.BLOCK_K
+    return stages if stages * small <= c.STAGES * c.BLOCK_M * c.BLOCK_K else c.STAGES
+
+
 def _prepare(*everything: object) -> Launch | None:
     """Lay out a launch; ``everything``: what ``_launch_pass`` gives to ``launch``, in that order."""
-    *tensors, lengths, forward, scales, entries, threshold, c = everything
+    *tensors, lengths, forward, scales, entries, c = everything
     tensors = iter(tensors)
     bigs, ws, smalls, ranks, biases = ([next(tensors) for _ in range(n)] for n in lengths)
-    mask, kept, places, starts, seed, hidden, zeros, parts, *outs = tensors
+    mask, kept, places, starts, hidden, zeros, parts, *outs = tensors
     operands = [hidden, *bigs, *ws, *smalls, *ranks, *outs, *([] if kept is None else [kept])]
     if not _serves(operands, hidden.dtype) or any(bias.stride(0) != 1 for bias in biases):
         return None
@@ -111,6 +111,7 @@ def _prepare(*everything: object) -> Launch | None:
     BLOCK_R = block_rank(R, 128)
     RANK = min(BLOCK_R, c.BLOCK_K)
     SIDE_COLS = 64 if kept is None else c.SIDE_ROWS // 2
+    SLOTS = triton.next_power_of_2(P)
     boxes = _factor_boxes(forward, BLOCK_R, RANK, SIDE_COLS, c)
     return Launch.of(hopper_kernel, (_programs(M, outs, c),))(
         *_boxes(bigs, [c.BLOCK_M, c.BLOCK_K]),
@@ -122,14 +123,15 @@ def _prepare(*everything: object) -> Launch | None:
         _box(hidden, [c.BLOCK_M, RANK]),
         _box(hidden if kept is None else kept, [c.SIDE_ROWS // 2, RANK]),
         *_padded(biases),
-        hidden, flags, mask, seed, flags if parts is None else parts,
-        places, starts, entries, threshold, c.FIRST, 0 if mask is None else mask.shape[1],
+        hidden, flags, mask, flags if parts is None else parts,
+        places, starts, entries, 0 if mask is None else mask.shape[1],
         M, *_padded([w.shape[0] for w in ws], 0), K, R, *_padded(scales, 0.0),
-        FORWARD=forward, BIAS=len(biases) > 0, DROP=mask is not None, FEW=threshold <= FEW,
+        FORWARD=forward, BIAS=len(biases) > 0, DROP=mask is not None,
         DB=kept is not None, ENTRIES=places is not None,
-        SIDES=c.SIDES, P=P, SLOTS=triton.next_power_of_2(P), GROUP_M=c.GROUP_M,
+        SIDES=c.SIDES, P=P, SLOTS=SLOTS, GROUP_M=c.GROUP_M,
         BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, BLOCK_R=BLOCK_R,
         SIDE_ROWS=c.SIDE_ROWS, SIDE_COLS=SIDE_COLS, STAGES=c.STAGES,
+        RING=_ring(SLOTS * BLOCK_R * SIDE_COLS, c) if forward else c.STAGES,
         num_warps=8, maxnreg=168, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -144,8 +146,6 @@ def _launch_pass(
     scales: tuple[float, ...],
     config: HopperConfig,
     entries: tuple[Tensor | None, Tensor | None, int] = (None, None, 0),
-    seed: Tensor | None = None,
-    threshold: int = 0,
 ) -> bool:
     """Launch and return True, or False if the kernels do not take the tensors as they are.
 
@@ -154,8 +154,8 @@ def _launch_pass(
     zeros, parts of db, outputs; fresh those that are allocated here. ``entries``: as for
     :func:`hopper_backward_input`.
     """
-    tensors, lengths = _arranged(lists, mask, kept, given, entries, seed)
-    return launch(_prepare, tensors, lengths, forward, scales, entries[2], threshold, config, fresh=fresh)
+    tensors, lengths = _arranged(lists, mask, kept, given, entries)
+    return launch(_prepare, tensors, lengths, forward, scales, entries[2], config, fresh=fresh)
 
 
 def _arranged(
@@ -164,10 +164,9 @@ def _arranged(
     kept: object,
     given: tuple = (),
     entries: tuple = (None, None, 0),
-    seed: object = None,
 ) -> tuple[tuple, tuple[int, ...]]:
     """Return what a launch is given before what is fresh, in its order, and the lengths of the lists."""
-    tensors = (*[t for own in lists for t in own], mask, kept, *entries[:2], seed, *given)
+    tensors = (*[t for own in lists for t in own], mask, kept, *entries[:2], *given)
     return tensors, tuple([len(own) for own in lists])
 
 
@@ -187,25 +186,19 @@ def hopper_forward(
     biases: Sequence[Tensor],
     scales: tuple[float, ...],
     mask: Tensor | None = None,
-    seed: Tensor | None = None,
-    threshold: int = 0,
-    hidden: Tensor | None = None,
     *,
     config: HopperConfig,
 ) -> tuple[list[Tensor], Tensor] | None:
     """Return all ``y = x wᵀ + h bᵀ + bias``, and ``h = scale·(mask ∘ x) aᵀ`` side by side, (M, P·R).
 
-    ``biases``: one a projection, or none. With ``seed`` the bits of ``dropout_mask`` are drawn and written to
-    ``mask``; its factor belongs into scales. It and ``hidden`` are the caller's, just allocated, and the
-    first ``config.FIRST`` blocks of their rows are filled already.
+    ``biases``: one a projection, or none. ``mask``: bits of ``dropout_mask``; its factor belongs into scales.
     """
     M = x.shape[0]
     ys = [x.new_empty(M, w.shape[0]) for w in ws]
-    if hidden is None:
-        hidden = x.new_empty(M, len(ws) * b_list[0].shape[1])
+    hidden = x.new_empty(M, len(ws) * b_list[0].shape[1])
     zeros = _zeros(x, _flags(M, config))
     lists, fresh = ((x,), ws, a_list, b_list, biases), (hidden, zeros, None, *ys)
-    done = _launch_pass(True, lists, mask, None, (), fresh, scales, config, seed=seed, threshold=threshold)
+    done = _launch_pass(True, lists, mask, None, (), fresh, scales, config)
     return (ys, hidden) if done else None
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from ._config import block_rank, device_facts
 from ._hopper_dense import hopper_dense_kernel
 from ._launch import Launch, launch
-from .hopper import HopperConfig, _box, _flags, _serves, _zeros
+from .hopper import HopperConfig, _box, _flags, _ring, _serves, _zeros
 
 __all__ = ["hopper_dense_forward"]
 
@@ -49,7 +49,7 @@ def _prepare(
         M, N, K, R, scale, threshold, 65536 / (65536 - threshold),
         GELU=gelu, BIAS=bias is not None, DROP=seed is not None, SIDES=c.SIDES, GROUP_M=c.GROUP_M,
         BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, BLOCK_K=c.BLOCK_K, BLOCK_R=BLOCK_R,
-        SIDE_ROWS=c.SIDE_ROWS, SIDE_COLS=64, STAGES=c.STAGES,
+        SIDE_ROWS=c.SIDE_ROWS, SIDE_COLS=64, STAGES=c.STAGES, RING=_ring(BLOCK_R * 64, c),
         num_warps=8, maxnreg=168, enable_fp_fusion=True,
     )  # fmt: skip
 

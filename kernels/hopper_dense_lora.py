@@ -26,7 +26,7 @@ def serves(x: Tensor, w: Tensor, R: int, seed: Tensor | None) -> bool:
     facts = device_facts(x.device)
     config = forward_config(M, (N,), K, R, seed is not None, facts)
     # a mask that is kept must serve the backward pass too
-    return config is not None and config.SIDES > 0 and (seed is None or _worthwhile(M, K, facts))
+    return config is not None and config.SIDES > 0 and (seed is None or _worthwhile(M, (K,), (N,), facts))
 
 
 def forward(
@@ -64,7 +64,8 @@ def output(
     threshold: int,
 ) -> Tensor | None:
     """Return ``y = x wᵀ + bias + scale · drop₃(g(h bᵀ))``; None where other kernels should serve."""
-    if not _fits(x, h.shape[1]) or not _worthwhile(x.shape[0], w.shape[0], device_facts(x.device)):
+    N, K = w.shape
+    if not _fits(x, h.shape[1]) or not _worthwhile(x.shape[0], (N,), (K,), device_facts(x.device)):
         return None
     done = hopper_dense_forward(
         x, w, None, b, bias, scale, gelu, seed, None, threshold, h, config=HopperConfig(SIDES=0)

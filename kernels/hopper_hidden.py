@@ -13,7 +13,7 @@ from ._gluon import TensorDescriptor
 from ._hopper_hidden import hopper_hidden_kernel
 from ._launch import Launch, launch
 from ._ragged import wide_rank
-from .hopper import FEW, MOST_PROJECTIONS, _box, _padded, _serves
+from .hopper import MOST_PROJECTIONS, _box, _padded, _serves
 
 __all__ = ["HiddenConfig", "hidden_config", "hopper_hidden"]
 
@@ -53,10 +53,10 @@ def _shares(K: int, c: HiddenConfig) -> tuple[int, int]:
 
 
 def _prepare(*everything: object) -> Launch | None:
-    x, seed, *a_list, hidden, words, shares, counters, M, threshold, scales, c = everything
+    x, seed, *a_list, hidden, words, shares, counters, threshold, scales, c = everything
     if not _serves([x, *a_list], x.dtype):
         return None
-    K, P = x.shape[1], len(a_list)
+    (M, K), P = x.shape, len(a_list)
     R, BLOCK_R = hidden.shape[1] // P, block_rank(a_list[0].shape[0], 128)
     each, count = _shares(K, c)
 
@@ -68,8 +68,8 @@ def _prepare(*everything: object) -> Launch | None:
         box(x, c.ROWS), *factors, *[factors[0]] * (MOST_PROJECTIONS - P),
         hidden, words, seed, hidden if shares is None else shares, hidden if counters is None else counters,
         threshold, words.shape[1], M, K, R, each, *_padded(scales, 0.0),
-        P=P, SLOTS=_slots(a_list), SHARES=count, FEW=threshold <= FEW, ROWS=c.ROWS, PANELS=c.PANELS,
-        BLOCK_R=BLOCK_R, STAGES=c.STAGES, num_warps=c.ROWS // 16, enable_fp_fusion=True,
+        P=P, SLOTS=_slots(a_list), SHARES=count, ROWS=c.ROWS, PANELS=c.PANELS, BLOCK_R=BLOCK_R,
+        STAGES=c.STAGES, num_warps=c.ROWS // 16, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -79,26 +79,24 @@ def hopper_hidden(
     seed: Tensor,
     threshold: int,
     scales: tuple[float, ...],
-    rows: int | None = None,
     *,
     config: HiddenConfig,
 ) -> tuple[Tensor, Tensor] | None:
     """Return all ``h = scale·(mask ∘ x) aᵀ`` side by side, and the bits of ``dropout_mask``.
 
     h is (M, P·R), with an R that is no multiple of 8 rounded up to one of 16, zeros in what was added; then P
-    is 1. With ``rows`` only the first so many are filled. None, and nothing done, where the copy engine does
-    not take x and ``a_list`` as they are. The mask's factor belongs into ``scales``.
+    is 1. None, and nothing done, where the copy engine does not take x and ``a_list`` as they are. The mask's
+    factor belongs into ``scales``.
     """
     (M, K), R, P = x.shape, a_list[0].shape[0], len(a_list)
-    rows = M if rows is None else min(rows, M)
     hidden = x.new_empty(M, P * (R if R % 8 == 0 else wide_rank(R)))
     words = x.new_empty((M, -(-K // 32)), dtype=torch.int32)
     shares = counters = None
     _, count = _shares(K, config)
     if count > 1:
         wide = _slots(a_list) * block_rank(R, 128)
-        shares = x.new_empty((count, rows, wide), dtype=torch.float32)
-        counters = torch.zeros(-(-rows // config.ROWS), dtype=torch.int32, device=x.device)
+        shares = x.new_empty((count, M, wide), dtype=torch.float32)
+        counters = torch.zeros(-(-M // config.ROWS), dtype=torch.int32, device=x.device)
     fresh = (hidden, words, shares, counters)
-    done = launch(_prepare, (x, seed, *a_list), rows, threshold, scales, config, fresh=fresh)
+    done = launch(_prepare, (x, seed, *a_list), threshold, scales, config, fresh=fresh)
     return (hidden, words) if done else None

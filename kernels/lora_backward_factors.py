@@ -1,5 +1,6 @@
 """The gradients of both factors, after the pass that made dh and the parts of db, in one launch."""
 
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import prod
 
@@ -34,12 +35,29 @@ def _add_parts(
         tl.store(out_ptr + places, total(acc, rest).to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _masked(x, words, ROWS: tl.constexpr, COLS: tl.constexpr, PTX: tl.constexpr):
+    """``x`` (ROWS, COLS) with zeros where bits of ``words`` (ROWS, COLS / 32) are zero."""
+    col = tl.arange(0, 32)
+    if PTX:
+        # two 16-bit elements at once: a byte permutation repeats their bits, each at the top of a byte
+        shifted = tl.reshape(words[:, :, None] << (7 - (col & 7))[None, None, :], (ROWS, COLS))
+        chosen = (0xCC88 + 0x1111 * (col >> 3))[None, None, :]
+        chosen = tl.reshape(tl.broadcast_to(chosen, (ROWS, COLS // 32, 32)), (ROWS, COLS))
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 both; prmt.b32 both, $2, $3, $4; and.b32 $0, $1, both; }", "=r,r,r,r,r,r",
+            [x, shifted, chosen], dtype=x.dtype, is_pure=True, pack=2,
+        )  # fmt: skip
+    bits = words[:, :, None] >> col[None, None, :] & 1
+    return tl.where(tl.reshape(bits, (ROWS, COLS)) != 0, x, tl.zeros_like(x))
+
+
 @triton.jit(do_not_specialize=["R", "db_width", "db_kept"])
 def _factors_kernel(
     x_ptr, dh_ptr, words_ptr, da_ptr, shares_ptr, counters_ptr, db_parts_ptr, db_ptr,
     M, K, R, width, pitch, rows_each, db_parts, db_count, db_width, db_kept, stride_xm, stride_dh,
     USE_DROPOUT: tl.constexpr, HAS_DB: tl.constexpr, CUT_DB: tl.constexpr, SHARES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """da[r, k] = sum_m dh[m, r] mask[m, k] x[m, k], and db[i] = sum_s db_parts[s, i]
 
@@ -49,7 +67,7 @@ def _factors_kernel(
               db_width.
     Program   BLOCK_K columns, BLOCK_R ranks, one share of the rows; the last to finish of those that share a
               block adds up the shares in their order, so that the result does not depend on who that is.
-    Numerics  16-bit products summed in float32.
+    Numerics  16-bit products summed in float32. PTX: a mask is applied by instructions of NVIDIA's.
     Traffic   x once per BLOCK_R ranks, dh once per block of columns (from L2), da written once.
     Requires  BLOCK_K a multiple of 32, rows_each a multiple of BLOCK_M.
     """
@@ -74,8 +92,7 @@ def _factors_kernel(
         dh = tl.load(dh_ptrs, mask=inside & (offs_r < width)[None, :], other=0.0)
         if USE_DROPOUT:
             words = tl.load(word_ptrs, mask=inside & (offs_w < pitch)[None, :], other=0)
-            bits = words[:, :, None] >> tl.arange(0, 32)[None, None, :] & 1
-            x = tl.where(tl.reshape(bits, (BLOCK_M, BLOCK_K)) != 0, x, tl.zeros_like(x))
+            x = _masked(x, words, BLOCK_M, BLOCK_K, PTX)
             word_ptrs += wide(BLOCK_M) * pitch
         acc = tl.dot(x.T, dh, acc)
         x_ptrs += wide(BLOCK_M) * stride_xm
@@ -96,17 +113,50 @@ def _factors_kernel(
         tl.store(da_ptrs, acc.to(da_ptr.dtype.element_ty), mask=mask & (offs_r < R)[None, :])
 
 
-def _blocks(K: int, R: int) -> tuple[int, int, int]:
-    """Return BLOCK_K, BLOCK_R, and the number of blocks of da."""
-    BLOCK_R = block_rank(R, 64)
-    return 64, BLOCK_R, triton.cdiv(K, 64) * triton.cdiv(R, BLOCK_R)
+@dataclass(frozen=True, kw_only=True)
+class FactorConfig:
+    """Sizes of a launch. PROGRAMS: about how many there are for each multiprocessor."""
+
+    BLOCK_M: int = 64
+    BLOCK_K: int = 64
+    BLOCK_R: int = 64
+    PROGRAMS: float = 2
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def __post_init__(self) -> None:
+        # a config is part of the key of every launch
+        object.__setattr__(self, "_hash", hash(tuple(vars(self).values())))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 @lru_cache(maxsize=4096)
-def _shares(M: int, K: int, R: int, dropout: bool, facts: DeviceFacts) -> tuple[int, int]:
+def factor_config(M: int, K: int, R: int, dropout: bool) -> FactorConfig:
+    """Return the sizes of a launch for (M, K) elements of x and R columns of dh."""
+    BLOCK_R = block_rank(R, 64)
+    if not dropout:
+        return FactorConfig(BLOCK_R=BLOCK_R)
+    # with few rows, more programs are worth more than one read of x
+    if R > 64 and M > 2048:
+        BLOCK_R = 128
+    if K < 8192:
+        return FactorConfig(BLOCK_R=BLOCK_R, num_warps=8 if BLOCK_R > 64 else 4)
+    return FactorConfig(
+        BLOCK_K=128, BLOCK_R=BLOCK_R, num_warps=8 if R > 32 else 4, PROGRAMS=2 if BLOCK_R <= 64 else 1
+    )
+
+
+def _blocks(K: int, R: int, config: FactorConfig) -> int:
+    return triton.cdiv(K, config.BLOCK_K) * triton.cdiv(R, config.BLOCK_R)
+
+
+@lru_cache(maxsize=4096)
+def _shares(M: int, K: int, R: int, config: FactorConfig, facts: DeviceFacts) -> tuple[int, int]:
     """Return the rows of one share, and the number of shares."""
-    programs = (4 if dropout else 2) * facts.processors
-    wanted = max(1, min(round(programs / _blocks(K, R)[2]), triton.cdiv(M, 128), 32))
+    programs = config.PROGRAMS * facts.processors
+    wanted = max(1, min(round(programs / _blocks(K, R, config)), triton.cdiv(M, 128), 32))
     each = triton.cdiv(triton.cdiv(M, wanted), 64) * 64
     return each, triton.cdiv(M, each)
 
@@ -114,12 +164,7 @@ def _shares(M: int, K: int, R: int, dropout: bool, facts: DeviceFacts) -> tuple[
 @cache
 def factor_counters(K: int, R: int) -> int:
     """Return how many zeros ``factor_gradients`` wants as counters."""
-    return _blocks(K, R)[2]
-
-
-def factor_shares(x: Tensor, dh: Tensor, mask: Tensor | None) -> tuple[int, int]:
-    """Return the rows of one share of ``factor_gradients``, and the number of shares."""
-    return _shares(*x.shape, dh.shape[1], mask is not None, device_facts(x.device))
+    return _blocks(K, R, FactorConfig(BLOCK_R=block_rank(R, 64)))  # no blocks are smaller
 
 
 def _prepare(
@@ -135,19 +180,22 @@ def _prepare(
     sizes: tuple[int, ...] | None,
     R: int,
     dtype: torch.dtype,
+    ptx: bool,
+    config: FactorConfig,
 ) -> Launch:
     """Lay out the launch; ``dtype``, of da, is there to be a part of its key."""
     (M, K), width = x.shape, dh.shape[1]
-    BLOCK_K, BLOCK_R, _ = _blocks(K, width)
     count = 1 if shares is None else shares.shape[0]
-    return Launch.of(_factors_kernel, (triton.cdiv(K, BLOCK_K), triton.cdiv(width, BLOCK_R), count))(
+    grid = (triton.cdiv(K, config.BLOCK_K), triton.cdiv(width, config.BLOCK_R), count)
+    return Launch.of(_factors_kernel, grid)(
         x, dh, mask, da, shares, counters, db_parts, db,
         M, K, R, width, 0 if mask is None else mask.shape[1], each,
         *((0, 0, 0, 0) if sizes is None else (sizes[0], prod(sizes[1:]), sizes[-1], db.shape[-1])),
         x.stride(0), dh.stride(0),
         USE_DROPOUT=mask is not None, HAS_DB=db is not None,
         CUT_DB=db is not None and sizes[-1] != db.shape[-1], SHARES=count,
-        BLOCK_M=64, BLOCK_K=BLOCK_K, BLOCK_R=BLOCK_R, num_warps=4, num_stages=3, enable_fp_fusion=True,
+        BLOCK_M=config.BLOCK_M, BLOCK_K=config.BLOCK_K, BLOCK_R=config.BLOCK_R, PTX=ptx,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -160,6 +208,8 @@ def factor_gradients(
     db: Tensor | None = None,
     dtype: torch.dtype | None = None,
     rank: int | None = None,
+    *,
+    config: FactorConfig | None = None,
 ) -> Tensor:
     """Return ``da = dhᵀ (mask ∘ x)``, (R, K); and write ``db``, the sum of ``db_parts`` (S, *db.shape).
 
@@ -170,10 +220,15 @@ def factor_gradients(
     """
     K, R = x.shape[1], dh.shape[1]
     rank = rank or R
-    each, count = factor_shares(x, dh, mask)
+    facts = device_facts(x.device)
+    config = config or factor_config(*x.shape, R, mask is not None)
+    each, count = _shares(*x.shape, R, config, facts)
     dtype = dh.dtype if dtype is None else dtype
     da = dh.new_empty((rank, K), dtype=dtype)
     shares = None if count == 1 else dh.new_empty((count, K, R), dtype=torch.float32)
     sizes = None if db_parts is None else db_parts.shape
-    launch(_prepare, (x, dh, mask, db), each, sizes, rank, dtype, fresh=(da, shares, counters, db_parts))
+    # with sm100 as the target Triton 3.6 keeps an address on the stack then
+    ptx = facts.arch == "sm90"
+    fresh = (da, shares, counters, db_parts)
+    launch(_prepare, (x, dh, mask, db), each, sizes, rank, dtype, ptx, config, fresh=fresh)
     return da

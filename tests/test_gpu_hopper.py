@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -123,9 +122,7 @@ def forced(monkeypatch, launches) -> Callable[..., list[HopperConfig]]:
             return None if R > 128 or wide > 128 else HopperConfig(SIDES=most if wide <= room else 0)
 
         def forward(M: int, Ns: tuple, K: int, R: int, drop: bool, facts: object) -> HopperConfig | None:
-            config = sides(len(Ns), R, 128)
-            # the first rows apart, the rest beside the GEMM
-            return replace(config, FIRST=2) if drop and config is not None else config
+            return sides(len(Ns), R, 64 if drop else 128)
 
         monkeypatch.setattr(hopper_lora, "forward_config", forward)
         monkeypatch.setattr(hopper_lora, "backward_config", lambda M, Ns, K, R, facts: sides(1, R, 128))
@@ -154,7 +151,8 @@ SINGLE = [
 def test_a_layer_is_as_accurate_as_pytorch(forced, shape, R, dtype, p, bias):
     launched, inputs = forced(), make_inputs(shape, R, 1, dtype, bias)
     assert_accurate(inputs, make_seed() if p else None, p)
-    assert [c.SIDES for c in launched] == [4, 4]
+    # with a mask the factor of so many ranks has a pass of its own
+    assert [c.SIDES for c in launched] == [0 if p and R > 64 else 4, 4]
 
 
 GROUPS = [

@@ -129,12 +129,13 @@ def named(calls: list[tuple], tensors: dict[str, Tensor | None]) -> list[tuple]:
 
 @pytest.mark.parametrize("p", [0.0, 0.25], ids=["all", "dropout"])
 @pytest.mark.parametrize(
-    ("Ns", "R", "adapters"),
-    [((80,), 16, torch.bfloat16), ((48, 32), 16, torch.bfloat16), ((80,), 24, torch.bfloat16),
-     ((80,), 6, torch.bfloat16), ((80,), 16, torch.float32)],
+    ("Ns", "R", "adapters", "sides"),
+    [((80,), 16, torch.bfloat16, 4), ((48, 32), 16, torch.bfloat16, 4), ((80,), 24, torch.bfloat16, 0),
+     ((80,), 6, torch.bfloat16, 4), ((80,), 16, torch.float32, 4)],
     ids=str,
 )  # fmt: skip
-def test_a_known_pass_launches_what_an_ordinary_one_does(calls, Ns, R, adapters, p):
+def test_a_known_pass_launches_what_an_ordinary_one_does(calls, monkeypatch, Ns, R, adapters, sides, p):
+    monkeypatch.setattr(lora, "forward_config", lambda *sizes: hopper.HopperConfig(SIDES=sides))
     P, scales = len(Ns), tuple([0.5, 2.0][: len(Ns)])
     a_list, b_list = ([draw(*size, dtype=adapters) for size in sizes] for sizes in
                       ([(R, K)] * P, [(N, R) for N in Ns]))  # fmt: skip

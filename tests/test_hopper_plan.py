@@ -14,7 +14,16 @@ from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from lowrank_ops import kernels  # noqa: E402
-from lowrank_ops.kernels import _launch, _ragged, _sum_parts, dispatch, hopper, hopper_hidden, hopper_lora  # noqa: E402
+from lowrank_ops.kernels import (  # noqa: E402
+    _launch,
+    _ragged,
+    _sum_parts,
+    dispatch,
+    hopper,
+    hopper_apart,
+    hopper_hidden,
+    hopper_lora,
+)
 from lowrank_ops.kernels._config import DeviceFacts  # noqa: E402
 from lowrank_ops.kernels.hopper import HopperConfig  # noqa: E402
 
@@ -244,14 +253,62 @@ def test_without_side_programs_one_launch_makes_the_mask_and_h_for_the_next(fake
     assert forward(*layers(P, R)) is None
 
 
-def test_the_first_blocks_of_rows_are_made_by_one_launch_and_the_others_by_the_next(fakes, monkeypatch):
-    monkeypatch.setattr(hopper_lora, "forward_config", lambda *sizes: HopperConfig(FIRST=1))
-    _, ws, a_list, b_list, biases = layers(1, 16)
-    _, h, mask = forward(draw(300, K), ws, a_list, b_list, biases, SEED)
-    (first,), (gemm,) = fakes["hopper_hidden_kernel"].launches, fakes["hopper_kernel"].launches
-    assert (first["M"], gemm["M"], gemm["made"]) == (256, 300, 1)
-    assert first["hidden_ptr"] is gemm["hidden_ptr"]
-    assert first["words_ptr"] is gemm["words_ptr"] is mask
+@pytest.mark.parametrize(("P", "R"), [(1, 16), (3, 32)])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_without_side_programs_dx_and_da_share_the_mask_of_the_forward_pass(fakes, monkeypatch, P, R, drawn):
+    monkeypatch.setattr(hopper_lora, "backward_config", lambda *sizes: HopperConfig(SIDES=0))
+    x, ws, a_list, b_list, _ = layers(P, R)
+    dys, mask = [torch.ones(M, N, dtype=torch.bfloat16)] * P, draw(M, K // 32, dtype=torch.int32)
+    b_list = [torch.full_like(b, i + 1.0) for i, b in enumerate(b_list)]
+    h, scales, needs = draw(M, P * R), [SCALE] * P, (True, True)
+    dx, da, dbs = hopper_lora.lora_backward(
+        dys, x, ws, a_list, b_list, h, None if drawn else mask, scales, SEED, 0.5, *needs
+    )
+    (gemm,), (factors,) = fakes["hopper_kernel"].launches, fakes["_factors_kernel"].launches
+    assert (dx.shape, da.shape, dbs) == (x.shape, (P * R, K), [None] * P)
+    assert (gemm["FORWARD"], gemm["DROP"], gemm["SIDES"]) == (False, True, 0)
+    assert len(fakes["_mask_kernel"].launches) == drawn
+    assert gemm["words_ptr"] is factors["words_ptr"]
+    assert drawn or gemm["words_ptr"] is mask
+    # dh side by side, with the mask's factor
+    assert gemm["hidden_ptr"] is factors["dh_ptr"]
+    assert [part.unique().tolist() for part in gemm["hidden_ptr"].split(R, 1)] == [
+        [2 * SCALE * N * (i + 1)] for i in range(P)
+    ]
+    # without a mask all but dx is cuBLAS's
+    plain = ws, a_list, b_list, h, None, scales, None, 0.0, *needs
+    assert hopper_lora.lora_backward(dys, x, *plain) is None
+
+
+@pytest.mark.parametrize("need_a", [False, True])
+@pytest.mark.parametrize("R", [12, 24, 44])
+def test_without_side_programs_any_rank_of_one_projection_has_the_mask_it_was_given(
+    fakes, monkeypatch, R, need_a
+):
+    monkeypatch.setattr(hopper_lora, "backward_config", lambda *sizes: HopperConfig(SIDES=0))
+    x, ws, a_list, b_list, _ = layers(1, R)
+    mask = draw(M, K // 32, dtype=torch.int32)
+    args = ws, a_list, b_list, draw(M, R), mask, [SCALE], SEED, 0.1, need_a, True
+    dx, da, dbs = hopper_lora.lora_backward([draw(M, N)], x if need_a else None, *args)
+    assert (dx.shape, None if da is None else da.shape, dbs) == (x.shape, (R, K) if need_a else None, [None])
+    (gemm,), factors = fakes["hopper_kernel"].launches, fakes["_factors_kernel"].launches
+    assert len(factors) == need_a
+    assert all(launch["words_ptr"] is mask for launch in (gemm, *factors))
+    # rows of dh that take few loads
+    assert gemm["hidden_ptr"].shape == (M, R + -R % 16)
+    assert not fakes["_mask_kernel"].launches
+
+
+def test_where_another_kernel_makes_y_one_launch_makes_h_and_its_mask(fakes, monkeypatch):
+    monkeypatch.setattr(hopper_lora, "forward_config", lambda *sizes: None)
+    monkeypatch.setattr(hopper_apart, "_MASKED_ROWS", 1)
+    monkeypatch.setattr(dispatch, "_is_left", lambda *sizes: False)
+    x, w, a, b = draw(M, K), draw(N, K), draw(16, K), draw(N, 16)
+    y, h, mask = dispatch.lora_forward(x, w, a, b, None, SCALE, SEED, 0.1)
+    (hidden,) = fakes["hopper_hidden_kernel"].launches
+    assert (hidden["words_ptr"] is mask, hidden["hidden_ptr"] is h) == (True, True)
+    assert hidden["scale0"] == SCALE * 65536 / (65536 - 6554)
+    assert (y.shape, len(fakes["hopper_kernel"].launches)) == ((M, N), 1)
 
 
 @pytest.mark.parametrize("seed", [None, SEED], ids=["plain", "drop"])
@@ -265,8 +322,7 @@ def test_scales_hold_the_factor_of_the_mask_and_the_mask_is_made_once(fakes, see
         assert [launch[f"scale{i}"] for i in range(3)] == [0.5 * factor, 2.0 * factor, 0.0]
         assert launch["DROP"] == (seed is not None)
         assert launch["words_ptr"] is mask
-    assert fakes["hopper_kernel"].launches[0]["seed_ptr"] is seed
-    assert not fakes["_mask_kernel"].launches
+    assert len(fakes["_mask_kernel"].launches) == (seed is not None)
     assert [y.shape for y in ys] == [(M, N)] * 2
     assert h.shape == (M, 32)
 
@@ -295,8 +351,7 @@ def calls():
             x, dys = pitched(x, 8 * bias)[:rows], [draw(rows, N) for _ in range(P)]
             scales, h, biases = (SCALE,) * P, draw(rows, P * R) if db else None, biases if bias else []
             config = HopperConfig()
-            drawn = (None,) if mask is None else (mask, SEED, 6554)
-            hopper.hopper_forward(x, ws, a_list, b_list, biases, scales, *drawn, config=config)
+            hopper.hopper_forward(x, ws, a_list, b_list, biases, scales, mask, config=config)
             hopper.hopper_backward_input(dys, ws, a_list, b_list, h, scales, mask, 5, config=config)
             config = HopperConfig(SIDES=0)
             one = biases[0] if bias else None

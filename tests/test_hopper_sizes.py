@@ -11,6 +11,7 @@ triton = pytest.importorskip("triton")
 from lowrank_ops import kernels  # noqa: E402
 from lowrank_ops.kernels import hopper_lora  # noqa: E402
 from lowrank_ops.kernels._config import DeviceFacts  # noqa: E402
+from lowrank_ops.kernels._hopper_gemm import _tile_at  # noqa: E402
 from lowrank_ops.kernels.hopper import HopperConfig  # noqa: E402
 
 pytestmark = pytest.mark.skipif(kernels.INTERPRETED, reason="TRITON_INTERPRET is set: nothing is compiled")
@@ -34,9 +35,9 @@ def test_a_choice_is_a_pure_lookup_that_never_raises(facts):
         found += [hopper_lora.forward_config(M, Ns, K, R, drop, facts) for drop in (False, True)]
         for config in found:
             # compiling is tested for these sizes, with and without side programs, in any order of tiles
-            free = {"SIDES": (0, 4), "GROUP_M": range(1, 65), "FIRST": range(max(1, -(-M // 256)))}
+            free = {"SIDES": (0, 4), "GROUP_M": range(1, 65)}
             assert config is None or all(getattr(config, name) in values for name, values in free.items())
-            assert config is None or replace(config, SIDES=4, GROUP_M=8, FIRST=0) == HopperConfig()
+            assert config is None or replace(config, SIDES=4, GROUP_M=8) == HopperConfig()
         served += any(config is not None for config in found)
         again = hopper_lora.backward_config.__wrapped__(M, Ns, K, R, facts)
         assert again == found[0]
@@ -48,7 +49,7 @@ def test_too_few_tiles_are_left_to_others(M):
     for drop in (False, True):
         assert hopper_lora.forward_config(M, (4096,), 4096, 16, drop, H100) is None
     assert hopper_lora.backward_config(M, (4096,), 4096, 16, H100) is None
-    assert not hopper_lora._worthwhile(M, 4096, H100)
+    assert not hopper_lora._worthwhile(M, (4096,), (4096,), H100)
 
 
 def test_side_programs_run_where_a_last_wave_has_room_and_not_where_waves_are_full():
@@ -69,6 +70,8 @@ def test_ranks_that_do_not_fit_a_side_program_have_none():
     most = {1: 128, 2: 64, 3: 32}
     many = list(itertools.product((512, 1000, 2048, 8192), (1024, 4096, 8192, 14336), (512, 4096, 8192)))
     for (P, limit), drop in itertools.product(most.items(), (False, True)):
+        # beside a mask in registers there is room for half of them
+        limit //= 1 + drop
         for R, some in ((limit, True), (limit + 1, False), (4 * limit + 1, False), (512, False)):
             found = [sides(hopper_lora.forward_config(M, (N,) * P, K, R, drop, H100)) for M, N, K in many]
             assert any(found) == some, (P, R, drop)
@@ -78,39 +81,95 @@ def test_ranks_that_do_not_fit_a_side_program_have_none():
             assert any(found) == some, (P, R)
 
 
-# of 32 blocks of rows, how many have a launch of their own: four programs draw a block each in 76 to 300
-# microseconds, beside a GEMM of 350 to 1400
 @pytest.mark.parametrize(
-    ("Ns", "K", "R", "first"),
-    [
-        ((4096,), 4096, 16, 16),
-        ((14336,), 4096, 16, 8),
-        ((4096,), 14336, 16, 16),
-        ((4096, 1024, 1024), 4096, 16, 16),
-        ((4096,), 4096, 64, 20),
-    ],
-)
-def test_side_programs_draw_as_much_of_a_mask_as_they_can_in_time(Ns, K, R, first):
-    config = hopper_lora.forward_config(8192, Ns, K, R, True, H100)
-    assert (config.SIDES, config.FIRST) == (4, first)
+    ("Ns", "K", "R"),
+    [((4096,), 4096, 16), ((14336,), 4096, 16), ((4096,), 14336, 16), ((4096, 1024, 1024), 4096, 16),
+     ((4096,), 4096, 64)],
+)  # fmt: skip
+def test_side_programs_read_a_mask_where_they_have_time_without_one(Ns, K, R):
+    for M in (2048, 8192):
+        plain, masked = (hopper_lora.forward_config(M, Ns, K, R, drop, H100) for drop in (False, True))
+        assert masked.SIDES == plain.SIDES == 4
+        # where a wave is many columns wide rows are due late in any order, else only in low groups of tiles
+        assert masked.GROUP_M == (plain.GROUP_M if Ns == (14336,) else min(plain.GROUP_M, 8))
 
 
-def test_a_mask_is_drawn_in_one_launch_where_that_is_faster():
-    # two waves of tiles leave little time; or two projections, for which side programs cost another wave; or
-    # as many ranks as make a step of theirs three of a tile
-    cases = [(2048, (4096,), 16), (8192, (1024,), 16), (8192, (14336, 14336), 16), (8192, (4096,), 128)]
-    for M, Ns, R in cases:
-        assert hopper_lora.forward_config(M, Ns, 4096, R, True, H100).SIDES == 0
+def test_a_mask_and_h_are_made_in_one_launch_where_that_is_faster(monkeypatch):
+    # one wave of tiles leaves little time; or as many ranks as make a step of side programs two of a tile
+    for N, R in [(1024, 16), (4096, 128)]:
+        assert hopper_lora.forward_config(8192, (N,), 4096, R, True, H100).SIDES == 0
+    # or a step with a mask that is too slow
+    monkeypatch.setitem(hopper_lora._MASKED_SIDE, 16, 1.2)
+    config = hopper_lora.forward_config.__wrapped__(8192, (4096,), 4096, 16, True, H100)
+    assert config.SIDES == 0
 
 
-def test_more_rows_have_a_launch_of_their_own_the_slower_a_mask_is_drawn(monkeypatch):
-    found = []
-    for step in (0.1, 1.0, 1.25, 100.0):
-        monkeypatch.setitem(hopper_lora._DRAWN_SIDE, 16, step)
-        config = hopper_lora.forward_config.__wrapped__(8192, (4096,), 4096, 16, True, H100)
-        found.append(config.FIRST if config.SIDES else 32)
-    assert found == sorted(set(found))
-    assert (found[0], found[3]) == (0, 32)
+@pytest.mark.parametrize("group", [1, 4, 8, 12, 16, 32])
+def test_every_tile_has_its_turn_and_the_first_need_eight_rows_of_tiles(group):
+    for rows, columns in itertools.product((1, 7, 8, 9, 17, 40), (1, 3, 16)):
+        order = [_tile_at.fn(i, rows, columns, 0, 0, group, 1)[:2] for i in range(rows * columns)]
+        assert sorted(order) == list(itertools.product(range(rows), range(columns)))
+        assert all(row < 8 for row, _ in order[: 8 * columns])
+        due = hopper_lora._due(128 * rows, columns, 1.0, group, 1)
+        assert due == {block: order.index((2 * block, 0)) + 1 for block in range((rows + 1) // 2)}
+
+
+def test_a_launch_of_several_projections_has_a_row_of_its_own(monkeypatch):
+    key = hopper_lora.table_key("hopper_forward", 8000, (14336, 14336), 4096)
+    rows = {key: {"GROUP_M": 16}}
+    monkeypatch.setattr(hopper_lora, "measured_rows", lambda facts: rows)
+    for Ns, group in (((14336, 14336), 16), ((28672,), 8)):
+        for R in (16, 64):
+            config = hopper_lora.forward_config.__wrapped__(8192, Ns, 4096, R, False, H100)
+            assert config.GROUP_M == group
+        given = hopper_lora.given_config.__wrapped__("hopper_forward", 8192, Ns, 4096, H100)
+        assert given == HopperConfig(SIDES=0, GROUP_M=group)
+
+
+def test_side_programs_of_128_ranks_are_left_out_where_a_tile_is_done_before_their_step():
+    # side programs that cannot keep up made this 1.5 times as long
+    assert hopper_lora.backward_config(8192, (1024,), 4096, 128, H100).SIDES == 0
+    assert hopper_lora.backward_config(8192, (1024,), 4096, 64, H100).SIDES == 4
+    assert hopper_lora.forward_config(2048, (14336,), 4096, 128, False, H100).SIDES == 0
+
+
+def _filled(M: int, cols: int, rows: int, width: int) -> float:
+    tiles = triton.cdiv(M, rows) * triton.cdiv(cols, width)
+    return tiles / (triton.cdiv(tiles, 132) * 132)
+
+
+@pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
+def test_products_that_would_leave_multiprocessors_idle_are_left_to_cublas(forward):
+    # between the sizes of tables too, whose rows are of the next power of two
+    op, kept = "lora_forward" if forward else "lora_backward_input", {"hopper": 0, "portable": 0, "cublas": 0}
+    sizes = itertools.product((129, 256, 300, 512, 700, 1024, 1200, 1536, 2048, 2500, 3000, 4096), (16, 128))
+    for (M, R), cols, depth in itertools.product(
+        sizes, (256, 1024, 1536, 2048, 4096), (64, 576, 1024, 4096, 14336)
+    ):
+        N, K = (cols, depth) if forward else (depth, cols)
+        if hopper_lora._worthwhile(M, (cols,), (depth,), H100):
+            tile, by = (128, 256), "hopper"
+        else:
+            config = kernels.pick(op, M, N, K, R, torch.bfloat16, H100)
+            tile, by = (config.BLOCK_ROWS, config.BLOCK_COLS), "cublas" if config.CUBLAS else "portable"
+            assert hopper_lora.forward_config(M, (cols,), depth, R, False, H100) is None
+            assert hopper_lora.backward_config(M, (depth,), cols, R, H100) is None
+        assert by == "cublas" or _filled(M, cols, *tile) >= 0.7, (M, N, K, R, tile)
+        kept[by] += 1
+    assert min(kept.values()) > 0, kept
+
+
+def test_full_waves_of_large_tiles_are_kept_and_others_only_while_an_update_costs_more():
+    for M, N, K in [(2048, 4096, 4096), (8192, 14336, 4096), (8192, 1024, 4096), (1024, 4096, 4096)]:
+        assert hopper_lora._worthwhile(M, (N,), (K,), H100)
+    # one and a half waves, which cuBLAS has smaller tiles for: with few steps these save less than an update
+    served = [hopper_lora._worthwhile(1536, (4096,), (K,), H100) for K in (512, 2048, 4096, 14336)]
+    assert served == [True, False, False, False]
+    # beside two small projections there is one launch instead of three
+    served = [
+        hopper_lora._worthwhile(1280, Ns, (4096,), H100) for Ns in ((4096,), (1024,), (4096, 1024, 1024))
+    ]
+    assert served == [False, False, True]
 
 
 @pytest.mark.parametrize("R", [64, 128])

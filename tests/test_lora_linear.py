@@ -134,6 +134,47 @@ def test_the_mask_drops_its_share_in_every_row_and_column(p):
     assert ((keep.mean(1) - (1 - p)).abs() < 6 * sigma / 1000**0.5 + 1e-9).all() or p == 2**-16
 
 
+def sixteen_bits(seed: Tensor, M: int, words: int) -> Tensor:
+    """The random number of each element that decides at which thresholds it is dropped, (M, 32 words)."""
+    m, j, c = torch.arange(M)[:, None], torch.arange(words)[None, :], torch.arange(32)
+    phase = (seed ^ seed >> 32) % 2**32 * 0xD2511F53 % 2**32
+    low = (j * 0x9E3779B9 + m * 0xBB67AE85 + phase) % 2**32 >> 24
+    planes = [plane for i in (0, 1) for plane in reference.philox(seed, 2 * j + i, m)]
+    high = sum((plane[:, :, None] >> c & 1) << q for q, plane in enumerate(planes))
+    return (256 * high + low[:, :, None]).flatten(1)
+
+
+def test_an_element_is_dropped_where_its_16_bits_are_below_the_threshold():
+    for seed in (torch.tensor([11]), torch.tensor([-(2**45) - 3])):
+        bits = sixteen_bits(seed, 40, 9)
+        for T in (0, 1, 255, 256, 257, 6554, 32768, 65279, 65280, 65535):
+            assert torch.equal(reference.dropout_keep(seed, 40, 288, T / 65536), bits >= T)
+
+
+@pytest.mark.parametrize("T", [1, 384, 65535])
+def test_over_seeds_an_element_is_dropped_as_often_as_the_threshold_says(T):
+    share, seeds, elements = T / 65536, 256, 64 * 512
+    # the low bytes of a word, which its elements share, take all values over these seeds
+    step = pow(0xD2511F53, -1, 2**32) * 2**24 % 2**32
+    dropped = sum(
+        (~reference.dropout_keep(torch.tensor([i * step % 2**32]), 64, 512, share)).sum().item()
+        for i in range(seeds)
+    )
+    spread = (seeds * elements * share * (1 - share)) ** 0.5
+    assert abs(dropped - seeds * elements * share) < 5 * spread
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_elements_of_one_word_are_uncorrelated_but_for_the_bound(p):
+    keep = reference.dropout_keep(torch.tensor([7]), 2000, 1024, p).double().view(-1, 32)
+    bound, words = 2**-18 / (p * (1 - p)), len(keep)
+    correlation = torch.corrcoef(keep.T)
+    pairs = correlation[~torch.eye(32, dtype=torch.bool)]
+    assert pairs.abs().max() < bound + 5 / words**0.5
+    # every pair comes twice
+    assert pairs.mean().abs() < bound + 5 / (words * len(pairs) / 2) ** 0.5
+
+
 def test_the_mask_of_an_element_does_not_depend_on_the_size():
     seed = torch.tensor([2**61 + 5])
     large = reference.dropout_keep(seed, 40, 200, 0.5)

@@ -42,16 +42,25 @@ def keep_threshold(dropout_p: float) -> int:
 def dropout_keep(seed: Tensor, M: int, K: int, dropout_p: float) -> Tensor:
     """Return the dropout mask, (M, K) bool, True where an element is kept.
 
-    The mask depends on the seed and on the element alone. One Philox call gives eight half-words to the
-    eight elements of a row that one thread of a tensor-core tile holds: columns {2t, 2t + 1} + 8 j, j < 4,
-    of a block of 32. So element (m, k) takes half-word 2 (k % 32 // 8) + k % 2, low half of a word first,
-    of the call at counter (4 (k // 32) + k % 8 // 2, m).
+    The mask depends on the seed and on the element alone. Columns 32 j to 32 j + 31 of row m are the bits
+    of a word, and have 16 random bits each. The upper eight are an element's own: bit q of them is that of
+    its column in word q % 4 of the Philox call at counter (2 j + q // 4, m). The lower eight, which decide
+    only where the upper ones equal those of T, are shared by the word: the top byte of a Weyl sequence in
+    j and m whose phase comes from the seed. So over seeds every element is dropped with probability
+    T / 65536 exactly, and any two are correlated by at most 2⁻¹⁸ / (p (1 - p)), 4e-5 at p = 0.1.
     """
-    groups = torch.arange((K + 31) // 32 * 4, device=seed.device)
-    words = torch.stack(philox(seed, groups[None, :], torch.arange(M, device=seed.device)[:, None]), -1)
-    halves = torch.stack([words & 0xFFFF, words >> 16], -1)  # (M, K / 8, 4, 2)
-    halves = halves.unflatten(1, (-1, 4)).transpose(2, 3).flatten(1)  # (M, K / 32, j, t, 2)
-    return halves[:, :K] >= keep_threshold(dropout_p)
+    threshold = keep_threshold(dropout_p)
+    words = torch.arange((K + 31) // 32, device=seed.device)[None, :]
+    rows = torch.arange(M, device=seed.device)[:, None]
+    key = (seed ^ (seed >> 32)) & _LOW
+    shared = (words * 0x9E3779B9 + rows * 0xBB67AE85 + key * 0xD2511F53 & _LOW) >> 24
+    keep = -(shared >= threshold & 255).long()
+    planes = [plane for i in range(2) for plane in philox(seed, 2 * words + i, rows)]
+    for q, plane in enumerate(planes):
+        # from the lowest bit up: kept where a bit is above T's, or equal and kept so far
+        keep = plane & keep if threshold >> 8 + q & 1 else plane | keep
+    columns = torch.arange(32, device=seed.device)
+    return (keep[:, :, None] >> columns & 1).flatten(1)[:, :K] == 1
 
 
 def drop(t: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lowrank_ops import reference
 from lowrank_ops.kernels import lora_backward_factors
-from lowrank_ops.kernels.dropout_mask import dropout_mask
+from lowrank_ops.kernels.dropout_mask import drop_some, dropout_mask
 from lowrank_ops.kernels.lora_backward_factors import factor_counters, factor_gradients
 from lowrank_ops.testing import assert_as_accurate
 
@@ -39,12 +39,20 @@ def run(M: int, K: int, R: int, p: float, integers: bool, db_size: tuple[int, ..
     return x, dh, keep, da, parts, db
 
 
-@pytest.mark.parametrize("p", [0.0001, 0.1, 0.5, 0.99999])
+@pytest.mark.parametrize("p", [2**-16, 0.1, 0.5, 0.99999])
 @pytest.mark.parametrize("size", [(1, 1), (17, 31), (40, 33), (16, 64), (19, 2100)], ids=str)
 def test_each_bit_of_a_mask_says_whether_the_reference_keeps_the_element(size, p):
     mask = dropout_mask(SEED, *size, reference.keep_threshold(p))
     assert mask.shape == (size[0], -(-size[1] // 32))
     assert torch.equal(bits(mask, size[1]), reference.dropout_keep(SEED, *size, p))
+
+
+def test_a_copy_of_x_has_zeros_where_its_mask_says_so():
+    for x in (draw(17, 333), draw(70, 9).T):
+        dropped, mask = drop_some(x, SEED, reference.keep_threshold(0.3))
+        keep = reference.dropout_keep(SEED, *x.shape, 0.3)
+        assert torch.equal(bits(mask, x.shape[1]), keep)
+        assert torch.equal(dropped, torch.where(keep, x, 0))
 
 
 def test_masks_differ_with_either_half_of_the_seed():
@@ -97,7 +105,9 @@ def test_shares_are_whole_blocks_that_cover_every_row_once():
     for M in (1, 64, 65, 127, 1000, 2049, 8192, 100_003):
         for K, R in ((8, 8), (4096, 16), (14336, 128), (70, 300)):
             for drop in (False, True):
-                each, count = lora_backward_factors._shares(M, K, R, drop, facts)
+                each, count = lora_backward_factors._shares(
+                    M, K, R, lora_backward_factors.factor_config(M, K, R, drop), facts
+                )
                 assert each % 64 == 0
                 assert (count - 1) * each < M <= count * each
                 assert count <= 32

