@@ -16,9 +16,8 @@ from ._correlate import correlate
 from .dense_lora_backward_update import dense_backward_update
 from .dense_lora_hidden import activate
 from .dense_lora_output import dense_output, output_config
-from .dropout_mask import dropout_mask
 from .lora_backward import lora_backward_a, lora_backward_b, lora_backward_input
-from .lora_forward import drop_threshold, lora_hidden
+from .lora_forward import drop_threshold, exact_hidden, lora_hidden
 
 # rows of float32 whose sums over K are made in float64: among few of them errors do not hide, and that of u,
 # which every gradient of factors has as a factor, is most of what they lose
@@ -51,7 +50,7 @@ class Passes(NamedTuple):
         threshold = drop_threshold(dropout_p, seed)
         first = None if seed is None else seed[:1]
         if x.dtype is torch.float32 and x.numel() and x.shape[0] <= _FEW:
-            u = _exact_hidden(x, encoder, first, threshold)
+            u = exact_hidden(x, encoder, first, threshold)
         else:
             u = self.hidden(x, encoder.to(x.dtype), 1.0, first, dropout_p).contiguous()
         h = activate(u, gelu, seed, threshold)
@@ -126,17 +125,6 @@ class Passes(NamedTuple):
         out = du.new_empty(R, K, dtype=dtype)
         correlate(x, du, seed, drop_threshold(dropout_p, seed), out.T, config)
         return out
-
-
-def _exact_hidden(x: Tensor, encoder: Tensor, seed: Tensor | None, threshold: int) -> Tensor:
-    """Return ``drop(x) encoderᵀ``, (M, R), summed in float64 and rounded once."""
-    wide = x.double()
-    if seed is not None:
-        words = dropout_mask(seed, *x.shape, threshold)
-        bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=x.device) & 1
-        keep = bits.flatten(1)[:, : x.shape[1]] != 0
-        wide = torch.where(keep, wide * (65536 / (65536 - threshold)), 0.0)
-    return (wide @ encoder.T.double()).to(x.dtype)
 
 
 def _output(
