@@ -379,8 +379,8 @@ def update_matmul(
     M, (N, K), facts = h.shape[0], w.shape, device_facts(left.device)
     if left.dtype.itemsize != 2 or N % 8 or K % 8:
         return None
-    # a masked update takes longer than cuBLAS's
-    limit = _SURE if seed is None else _ALIKE
+    # an update with a mask, or of float32, is none of cuBLAS's and takes longer
+    limit = _SURE if seed is None and h.dtype == left.dtype else _ALIKE
     if not _worthwhile(M, *(((N,), (K,)) if forward else ((K,), (N,))), facts, limit):
         return None
     mask, factor = None, 1.0

@@ -114,6 +114,17 @@ def test_every_tile_has_its_turn_and_the_first_need_eight_rows_of_tiles(group):
         assert due == {block: order.index((2 * block, 0)) + 1 for block in range((rows + 1) // 2)}
 
 
+def test_only_a_plain_update_of_16_bits_must_beat_cublas(monkeypatch):
+    limits = []
+    monkeypatch.setattr(hopper_lora, "_worthwhile", lambda *sizes: limits.append(sizes[-1]))
+    dy, w = torch.empty(64, 32, dtype=torch.bfloat16), torch.empty(32, 48, dtype=torch.bfloat16)
+    seed = torch.zeros(1, dtype=torch.int64)
+    for dtype, some in ((torch.bfloat16, None), (torch.bfloat16, seed), (torch.float32, None)):
+        factors = torch.empty(64, 16, dtype=dtype), torch.empty(16, 48, dtype=dtype)
+        assert hopper_lora.update_matmul(False, dy, w, *factors, None, some, 0.1) is None
+    assert limits == [hopper_lora._SURE, hopper_lora._ALIKE, hopper_lora._ALIKE]
+
+
 def test_a_launch_of_several_projections_has_a_row_of_its_own(monkeypatch):
     key = hopper_lora.table_key("hopper_forward", 8000, (14336, 14336), 4096)
     rows = {key: {"GROUP_M": 16}}
